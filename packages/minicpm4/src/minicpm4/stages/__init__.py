@@ -1,0 +1,1 @@
+"""The stages of the quickstart, one per file; each calls one tool."""
