@@ -19,7 +19,9 @@ def print_plan(pipeline: Pipeline, out: Path) -> None:
     runner = Runner(pipeline, out)
     table = Table(title=f"{pipeline.name}: {len(pipeline.steps)} stages into {out}")
     for column in ("stage", "now", "inputs", "time", "memory", "disk"):
-        table.add_column(column, justify="right" if column in ("time", "memory", "disk") else "left")
+        table.add_column(
+            column, justify="right" if column in ("time", "memory", "disk") else "left"
+        )
     seconds, disk, memory = 0.0, 0, 0
     for step, state in runner.states():
         step.stage.check(step.config)
