@@ -1,4 +1,4 @@
-"""The runner: done is skipped, changed is rerun, killed is resumed, broken leaves nothing behind."""
+"""The runner: done is skipped, changed is rerun, killed is resumed, broken leaves nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
 from minicpm4.pipeline import config as pipeline_config
 from minicpm4.pipeline import stage as stage_module
 from minicpm4.pipeline.config import load_pipeline
@@ -53,8 +54,10 @@ def total(config, inputs, space):
 def nothing(config, inputs):
     return Estimate(1, 1, 1)
 
-COUNT = Stage("count", "", CountConfig, count, nothing, {}, {"log": "log.txt", "metrics": "metrics.json"}, ())
-TOTAL = Stage("total", "", TotalConfig, total, nothing, {"log": "count.log"}, {"total": "total.json"}, ())
+COUNT_MAKES = {"log": "log.txt", "metrics": "metrics.json"}
+COUNT = Stage("count", "", CountConfig, count, nothing, {}, COUNT_MAKES, ())
+TOTAL_MAKES = {"total": "total.json"}
+TOTAL = Stage("total", "", TotalConfig, total, nothing, {"log": "count.log"}, TOTAL_MAKES, ())
 """
 
 

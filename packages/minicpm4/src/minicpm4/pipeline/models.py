@@ -1,4 +1,4 @@
-"""Names of models in a pipeline: `smollm2` from the testbed, or the path of a folder or GGUF file."""
+"""Names of models in a pipeline: `smollm2` from the testbed, or a folder's or GGUF file's path."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ class Runner:
                 step.stage.run(step.config, inputs, space)
             outputs = output_hashes(step, work)
         except USER_ERRORS as error:
-            # The mend changes the fingerprint, so this work could not be resumed: leave none behind.
+            # The mend changes the fingerprint: this work could not be resumed, so leave none.
             shutil.rmtree(work, ignore_errors=True)
             kind = next(k for k in USER_ERRORS if isinstance(error, k))
             raise kind(

@@ -1,4 +1,4 @@
-"""What a stage is: a plain function from a configuration and input artefacts to output artefacts."""
+"""What a stage is: a plain function from a configuration and artefacts to more artefacts."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ class Stage:
     outputs: Mapping[str, str]
     """Artefact name -> file or folder inside the stage's folder."""
     sources: tuple[str, ...]
-    """Modules and packages whose source decides the result: a change in them runs the stage again."""
+    """Modules and packages whose source decides the result: when it changes, it runs again."""
     takes_what_there_is: bool = False
     """Inputs whose stage is not in the pipeline are left out, instead of being an error."""
     external: Callable[[Any], Mapping[str, str]] = lambda config: {}
     """Identity (name -> hash or version) of what the stage reads from outside the pipeline."""
     check: Callable[[Any], None] = lambda config: None
-    """Raises ValueError or FileNotFoundError for a configuration that cannot work, before any work."""
+    """Raises ValueError or FileNotFoundError for what cannot work, before any work is done."""
 
 
 # The module of a stage is imported when a pipeline names it, so that `minicpm4 --help` stays fast.
