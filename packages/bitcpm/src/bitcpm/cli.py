@@ -1,0 +1,166 @@
+"""The `bitcpm` command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from . import _cli
+
+app = typer.Typer(
+    help="Ternary models: look at them, pack them to 1.6 or 2 bits a weight, unpack them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    Path,
+    typer.Argument(help="Model folder: config.json and safetensors files.", show_default=False),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="End with the whole report as one line of JSON.")
+]
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error; yields the function that moves it."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _group(size: int | None) -> str:
+    return {None: "none", -1: "whole rows"}.get(size, str(size))
+
+
+@app.command()
+def inspect(
+    model: Model,
+    every: Annotated[bool, typer.Option("--all", help="List every tensor.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find which tensors are ternary and their group size, from the weights themselves.
+
+    Exit code 0 whatever is found; values off the grid are listed.
+    """
+    from .inspect import inspect_checkpoint
+
+    with _progress("inspecting") as progress:
+        report = inspect_checkpoint(model, progress)
+    ternary, damaged, full = (report.of_kind(k) for k in ("ternary", "damaged", "full"))
+    table = Table("tensor", "shape", "dtype", "kind", "group size", "zeros", "off grid", "scales")
+    for t in report.tensors if every else damaged:
+        scales = f"{t.scale_min:.3g} to {t.scale_max:.3g}" if t.scale_min is not None else ""
+        zeros = f"{t.zero_share:.1%}" if t.zero_share is not None else ""
+        size = _group(t.group_size) if t.group_size else ""
+        off = str(t.off_grid_values) if t.kind != "full" else ""
+        table.add_row(t.name, str(list(t.shape)), t.dtype, t.kind, size, zeros, off, scales)
+    if table.row_count:
+        Console().print(table)
+    print(f"{model}: {'packed' if report.packed else 'not packed'}")
+    print(f"ternary tensors: {len(ternary)}, damaged: {len(damaged)}, full precision: {len(full)}")
+    print(f"group size: {_group(report.group_size)}")
+    if ternary:
+        weights = [t.shape[0] * t.shape[1] for t in ternary]
+        zeros = sum(n * (t.zero_share or 0) for n, t in zip(weights, ternary, strict=True))
+        print(f"zeros among {sum(weights):,} ternary weights: {zeros / sum(weights):.1%}")
+    if as_json:
+        print(json.dumps(report.to_dict()))
+
+
+@app.command()
+def pack(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    codec: Annotated[
+        str, typer.Option(help="1.6bit (five weights a byte) or 2bit (four).")
+    ] = "1.6bit",
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Channels a scale, -1 for rows.", show_default="found in the data"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Pack a pseudo-quantised model: same weights bit for bit, in a fraction of the bytes."""
+    from .config import TernaryConfig
+    from .convert import pack_model
+
+    config = None if group_size is None else TernaryConfig(group_size=group_size)
+    with _progress("packing") as progress:
+        report = pack_model(model, out, config, codec, progress)
+    before, after = (sum(pair[i] for pair in report.tensors.values()) for i in (0, 1))
+    print(f"{len(report.tensors)} ternary tensors in groups of {_group(report.group_size)}")
+    print(f"their bytes: {before:,} to {after:,} ({before / after:.1f} times smaller)")
+    print(f"whole model: {report.bytes_before:,} to {report.bytes_after:,} bytes, in {out}")
+    if as_json:
+        print(json.dumps(report.to_dict()))
+
+
+@app.command()
+def unpack(
+    packed: Annotated[Path, typer.Argument(help="Folder made by pack.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+) -> None:
+    """Write a packed model as a normal one again, which any library loads."""
+    from .convert import unpack_model
+
+    with _progress("unpacking") as progress:
+        unpack_model(packed, out, progress)
+    print(f"pseudo-quantised model in {out}")
+
+
+@app.command()
+def quantise(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    group_size: Annotated[int, typer.Option(help="Channels a scale, -1 for rows.")] = 128,
+    as_json: Json = False,
+) -> None:
+    """Round a trained model to ternary without training, and measure the error.
+
+    This destroys the model's quality: it is for measuring and for tests. Ternary models that work are
+    trained as such (bitcpm.ternarize).
+    """
+    from .config import TernaryConfig
+    from .ptq import quantise_model
+
+    with _progress("quantising") as progress:
+        report = quantise_model(model, out, TernaryConfig(group_size=group_size), progress)
+    print(f"{len(report.tensors)} matrices quantised, {report.zero_share:.1%} zeros, in {out}")
+    print(f"relative weight error ||W - Wq|| / ||W||: {report.error:.3f}")
+    print(
+        "warning: no training went into this model; expect it to produce nonsense (train with "
+        "bitcpm.ternarize instead)"
+    )
+    if as_json:
+        print(json.dumps(report.to_dict()))
+
+
+@app.command()
+def selfcheck() -> None:
+    """Check that this installation quantises, packs and unpacks exactly."""
+    from .selfcheck import checks
+
+    failed = 0
+    for name, good in checks():
+        print(f"{'ok  ' if good else 'FAIL'} {name}")
+        failed += not good
+    if failed:
+        print(f"{failed} checks failed: please report them with your torch version")
+        raise typer.Exit(1)
+    print("all good")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    _cli.run(app)

@@ -1,0 +1,173 @@
+"""Ternary codes in bytes: four to a byte (2 bits each), or five (1.6 bits each).
+
+A code c in {-1, 0, 1} is stored as the digit d = c + 1. Each row begins on a byte, so that rows can be
+cut, and the digits of unused places are 1 (code 0), so that a kernel may multiply them too.
+
+    2bit    byte = d0 + 4 d1 + 16 d2 + 64 d3           all four digits below 3
+    1.6bit  byte = d0 + 3 d1 + 9 d2 + 27 d3 + 81 d4    byte <= 242
+
+Letters: O output features, I input features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import TernaryConfig, check_group_size, groups_of
+from .recover import recover
+from .reference import FLOATS, dequantise
+
+# Codes per byte, and the base of the digits.
+CODECS: dict[str, tuple[int, int]] = {"2bit": (4, 4), "1.6bit": (5, 3)}
+
+
+def bytes_per_row(in_features: int, codec: str) -> int:
+    """Bytes that hold one row of codes.
+
+    Raises:
+        ValueError: the codec is unknown.
+    """
+    per_byte, _ = _codec(codec)
+    return -(-in_features // per_byte)
+
+
+def pack_codes(codes: Tensor, codec: str = "1.6bit") -> Tensor:
+    """Bytes uint8 [O, bytes_per_row] of codes int8 [O, I] in {-1, 0, 1}.
+
+    Raises:
+        ValueError: other codes, shape or dtype, or an unknown codec.
+    """
+    per_byte, base = _codec(codec)
+    if codes.dim() != 2 or codes.dtype != torch.int8:
+        raise ValueError(f"codes must be int8 [out, in], got {codes.dtype} {list(codes.shape)}")
+    if codes.numel() and (codes.min() < -1 or codes.max() > 1):
+        raise ValueError("codes must be -1, 0 or 1: only the ternary grid can be packed")
+    rows, columns = codes.shape
+    digits = np.ones((rows, bytes_per_row(columns, codec) * per_byte), np.uint8)
+    np.add(codes.cpu().numpy(), 1, out=digits[:, :columns], casting="unsafe")
+    digits = digits.reshape(rows, -1, per_byte)
+    packed = np.zeros(digits.shape[:2], np.uint8)
+    for place in range(per_byte):
+        packed += digits[:, :, place] * np.uint8(base**place)
+    return torch.from_numpy(packed)
+
+
+def unpack_codes(packed: Tensor, in_features: int, codec: str = "1.6bit") -> Tensor:
+    """Codes int8 [O, in_features] of bytes uint8 [O, bytes_per_row]: undoes `pack_codes`.
+
+    Raises:
+        ValueError: the width does not belong to `in_features`, or a byte is not one that
+            `pack_codes` writes.
+    """
+    width = bytes_per_row(in_features, codec)
+    if packed.dim() != 2 or packed.dtype != torch.uint8 or packed.shape[1] != width:
+        raise ValueError(
+            f"packed codes of {in_features} columns must be uint8 [out, {width}] in codec {codec}, "
+            f"got {packed.dtype} {list(packed.shape)}"
+        )
+    table, valid = _table(codec)
+    data = packed.cpu().numpy()
+    if not valid[data].all():
+        raise ValueError(f"packed codes hold a byte that codec {codec} does not use: damaged data")
+    codes = table[data].reshape(data.shape[0], -1)
+    if codes[:, in_features:].any():
+        raise ValueError(f"packed codes use places beyond column {in_features}: damaged data")
+    return torch.from_numpy(np.ascontiguousarray(codes[:, :in_features]))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """One ternary matrix in its packed form.
+
+    Attributes:
+        codes: uint8 [O, bytes_per_row(I, codec)].
+        scales: [O, groups], float32, bfloat16 or float16: the dtype the weights had.
+        shape: (O, I).
+        group_size: >= 1, or -1 for a whole row.
+        codec: a key of `CODECS`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    shape: tuple[int, int]
+    group_size: int
+    codec: str = "1.6bit"
+
+    def __post_init__(self) -> None:
+        check_group_size(self.group_size)
+        codes, scales = self.expected_shapes(self.shape, self.group_size, self.codec)
+        if tuple(self.codes.shape) != codes or self.codes.dtype != torch.uint8:
+            raise ValueError(
+                f"codes of a {self.shape} matrix must be uint8 {list(codes)}, "
+                f"got {self.codes.dtype} {list(self.codes.shape)}"
+            )
+        if tuple(self.scales.shape) != scales or self.scales.dtype not in FLOATS:
+            raise ValueError(
+                f"scales of a {self.shape} matrix in groups of {self.group_size} must be float "
+                f"{list(scales)}, got {self.scales.dtype} {list(self.scales.shape)}"
+            )
+
+    @staticmethod
+    def expected_shapes(
+        shape: tuple[int, int], group_size: int, codec: str
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The shapes of `codes` and `scales` for a matrix of `shape` (O, I), both >= 1."""
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"shape must be (out, in), both >= 1, got {shape}")
+        _, full, tail = groups_of(shape[1], group_size)
+        return (shape[0], bytes_per_row(shape[1], codec)), (shape[0], full + bool(tail))
+
+    @classmethod
+    def from_weights(
+        cls, w: Tensor, group_size: int = 128, codec: str = "1.6bit", name: str = "the matrix"
+    ) -> PackedTensor:
+        """Pack pseudo-quantised weights [O, I] without loss (see `recover.recover`).
+
+        Raises:
+            ValueError: `w` is not ternary in groups of `group_size`.
+        """
+        check_group_size(group_size)
+        codes, scales = recover(w, group_size, name)
+        return cls(pack_codes(codes, codec), scales, tuple(w.shape), group_size, codec)
+
+    def unpack(self) -> tuple[Tensor, Tensor]:
+        """Codes int8 [O, I] and scales [O, groups]."""
+        return unpack_codes(self.codes, self.shape[1], self.codec), self.scales
+
+    def dequantise(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weights [O, I]; exact in the dtype of the scales, which is the default."""
+        codes, scales = self.unpack()
+        if not (torch.isfinite(scales) & (scales >= 0)).all():
+            raise ValueError("scales must be finite and >= 0: damaged data")
+        return dequantise(codes, scales.to(dtype), TernaryConfig(group_size=self.group_size))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of codes and scales for each weight: 1.725 at best for 1.6bit, g = 128, bf16."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+
+def _codec(codec: str) -> tuple[int, int]:
+    if codec not in CODECS:
+        raise ValueError(f"codec must be one of {', '.join(CODECS)}; got {codec!r}")
+    return CODECS[codec]
+
+
+@cache
+def _table(codec: str) -> tuple[np.ndarray, np.ndarray]:
+    """For each byte its codes int8 [256, per_byte], and whether the codec uses it."""
+    per_byte, base = _codec(codec)
+    digits = np.arange(256)[:, None] // base ** np.arange(per_byte) % base
+    # Base 3 has no digit above 2, but five digits end at 242.
+    valid = (digits < 3).all(1) & (np.arange(256) < base**per_byte)
+    return (digits - 1).astype(np.int8), valid
