@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from . import _cli
 
@@ -58,15 +57,15 @@ def inspect(
     with _progress("inspecting") as progress:
         report = inspect_checkpoint(model, progress)
     ternary, damaged, full = (report.of_kind(k) for k in ("ternary", "damaged", "full"))
-    table = Table("tensor", "shape", "dtype", "kind", "group size", "zeros", "off grid", "scales")
     for t in report.tensors if every else damaged:
-        scales = f"{t.scale_min:.3g} to {t.scale_max:.3g}" if t.scale_min is not None else ""
-        zeros = f"{t.zero_share:.1%}" if t.zero_share is not None else ""
-        size = _group(t.group_size) if t.group_size else ""
-        off = str(t.off_grid_values) if t.kind != "full" else ""
-        table.add_row(t.name, str(list(t.shape)), t.dtype, t.kind, size, zeros, off, scales)
-    if table.row_count:
-        Console().print(table)
+        # Plain lines rather than a table: names are long, and lines can be searched.
+        line = f"{t.name} {t.dtype} {'x'.join(map(str, t.shape))} {t.kind}"
+        if t.kind != "full":
+            line += f", group size {_group(t.group_size)}, zeros {t.zero_share:.1%}"
+            line += f", off grid {t.off_grid_values}"
+        if t.scale_min is not None:
+            line += f", scales {t.scale_min:.3g} to {t.scale_max:.3g}"
+        print(line)
     print(f"{model}: {'packed' if report.packed else 'not packed'}")
     print(f"ternary tensors: {len(ternary)}, damaged: {len(damaged)}, full precision: {len(full)}")
     print(f"group size: {_group(report.group_size)}")
@@ -128,8 +127,8 @@ def quantise(
 ) -> None:
     """Round a trained model to ternary without training, and measure the error.
 
-    This destroys the model's quality: it is for measuring and for tests. Ternary models that work are
-    trained as such (bitcpm.ternarize).
+    This destroys the model's quality: it is for measuring and for tests. Ternary models that
+    work are trained as such (bitcpm.ternarize).
     """
     from .config import TernaryConfig
     from .ptq import quantise_model

@@ -29,7 +29,7 @@ class TernaryConfig:
         grid: one of `GRIDS`. Only "ternary" can be packed.
         eps: smallest scale, > 0, so that a group of zeros divides by something.
         skip: modules kept in full precision. An entry matches where its dotted parts appear
-            together in a module's name: "mlp" and "layers.0" both match "model.layers.0.mlp.up_proj".
+            together in a module's name: "mlp" and "layers.0" both match "model.layers.0.mlp.fc".
             The output head and tied weights are kept whatever this says (`qat.ternarize`).
     """
 

@@ -81,8 +81,8 @@ def pack_model(
         raise ValueError(f"only the ternary grid can be packed, got grid={config.grid!r}")
     if 0 < config.group_size < SMALLEST_EVIDENCE:
         raise ValueError(
-            f"group_size must be >= {SMALLEST_EVIDENCE} or -1 to pack a model: smaller groups of any "
-            f"weights look ternary by chance; got {config.group_size}"
+            f"group_size must be >= {SMALLEST_EVIDENCE} or -1 to pack a model: smaller groups "
+            f"of any weights look ternary by chance; got {config.group_size}"
         )
     packed: dict[str, PackedTensor] = {}
     kept: dict[str, Tensor] = {}

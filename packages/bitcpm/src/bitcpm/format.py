@@ -1,8 +1,8 @@
 """The packed checkpoint, format version 1: one safetensors file.
 
-A ternary matrix NAME is two tensors, `NAME.codes` (uint8, see `packing`) and `NAME.scales` (the dtype the
-weights had). Every other tensor is there under its own name and in its own dtype. The file's
-`__metadata__` has `format` = "bitcpm" and, under `bitcpm`, a JSON object:
+A ternary matrix NAME is two tensors, `NAME.codes` (uint8, see `packing`) and `NAME.scales` (the
+dtype the weights had). Every other tensor is there under its own name and in its own dtype. The
+file's `__metadata__` has `format` = "bitcpm" and, under `bitcpm`, a JSON object:
 
     {"version": 1,
      "tensors": {"model.layers.0.mlp.up_proj.weight":

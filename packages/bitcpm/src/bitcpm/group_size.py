@@ -1,8 +1,8 @@
 """The group size of ternary weights, read off the weights.
 
 In a row, two neighbouring non-zero weights of different magnitude, at columns p < q, must have a
-border between two groups in (p, q]: p // g != q // g. A group size fits if it explains all such pairs.
-Every divisor of the true size fits as well, so that the largest is the answer.
+border between two groups in (p, q]: p // g != q // g. A group size fits if it explains all such
+pairs. Every divisor of the true size fits as well, so that the largest is the answer.
 
 Letters: O output features, I input features.
 """

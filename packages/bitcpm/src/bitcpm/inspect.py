@@ -19,7 +19,8 @@ from .reference import split_groups
 Kind = Literal["ternary", "damaged", "full"]
 Progress = Callable[[int, int], None]
 
-# Above this share of groups on the grid a tensor was ternary once: of dense weights nearly none are.
+# Above this share of groups on the grid a tensor was ternary once: of dense weights nearly none
+# are.
 DAMAGED_SHARE = 0.5
 USUAL_SIZES = (-1, 256, 128, 64, 32)
 

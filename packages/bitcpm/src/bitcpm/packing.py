@@ -1,7 +1,7 @@
 """Ternary codes in bytes: four to a byte (2 bits each), or five (1.6 bits each).
 
-A code c in {-1, 0, 1} is stored as the digit d = c + 1. Each row begins on a byte, so that rows can be
-cut, and the digits of unused places are 1 (code 0), so that a kernel may multiply them too.
+A code c in {-1, 0, 1} is stored as the digit d = c + 1. Each row begins on a byte, so that rows can
+be cut, and the digits of unused places are 1 (code 0), so that a kernel may multiply them too.
 
     2bit    byte = d0 + 4 d1 + 16 d2 + 64 d3           all four digits below 3
     1.6bit  byte = d0 + 3 d1 + 9 d2 + 27 d3 + 81 d4    byte <= 242

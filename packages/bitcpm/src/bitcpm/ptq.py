@@ -1,7 +1,7 @@
 """Ternary weights without training: the absmean quantiser applied to a finished model.
 
-This measures; it does not make a good model. Ternary weights are learnt by QAT, and rounding a trained
-model to them destroys it.
+This measures; it does not make a good model. Ternary weights are learnt by QAT, and rounding a
+trained model to them destroys it.
 """
 
 from __future__ import annotations

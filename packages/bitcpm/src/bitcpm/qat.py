@@ -1,8 +1,8 @@
 """Quantisation-aware training with ternary weights: BitCPM-CANN §3.2, MiniCPM4 report §3.3.
 
-Forward with Wq, backward as if with W (straight-through), activations untouched. The papers write the
-estimator as W + stopgrad(Wq - W); in bf16 that sum rounds to something that is not Wq, so here an
-autograd function returns Wq itself and hands the gradient on.
+Forward with Wq, backward as if with W (straight-through), activations untouched. The papers write
+the estimator as W + stopgrad(Wq - W); in bf16 that sum rounds to something that is not Wq, so here
+an autograd function returns Wq itself and hands the gradient on.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def straight_through(w: Tensor, config: TernaryConfig | None = None) -> Tensor:
 class TernaryLinear(nn.Linear):
     """A linear layer that multiplies by the quantised weight and trains the latent one.
 
-    `weight` (and so the state dict) is the latent weight of an `nn.Linear`: a checkpoint loads into a
-    plain model and the other way round. The bias is not quantised.
+    `weight` (and so the state dict) is the latent weight of an `nn.Linear`: a checkpoint loads into
+    a plain model and the other way round. The bias is not quantised.
     """
 
     ternary: TernaryConfig
@@ -105,9 +105,9 @@ def ternary_layers(model: nn.Module) -> Iterator[tuple[str, TernaryLinear]]:
 def ternarize(model: Model, config: TernaryConfig | None = None) -> Model:
     """Make the decoder's linear layers ternary, in place; `unternarize` undoes it.
 
-    Every `nn.Linear` changes, except the output head (`model.get_output_embeddings()`), layers whose
-    weight is also an embedding's, and `config.skip`. Parameters stay the same objects under the same
-    names, so that optimisers and hooks go on working.
+    Every `nn.Linear` changes, except the output head (`model.get_output_embeddings()`), layers
+    whose weight is also an embedding's, and `config.skip`. Parameters stay the same objects under
+    the same names, so that optimisers and hooks go on working.
 
     Args:
         model: any module; a transformers decoder as a rule.
@@ -117,8 +117,8 @@ def ternarize(model: Model, config: TernaryConfig | None = None) -> Model:
         `model`.
 
     Raises:
-        ValueError: nothing to change; a layer is ternary already, by type or by its weights (absmean
-            would shrink their scales: load the latent weights instead); or another library
+        ValueError: nothing to change; a layer is ternary already, by type or by its weights
+            (absmean would shrink their scales: load the latent weights instead); or another library
             replaced a layer's forward. Nothing is changed then.
     """
     config = config or TernaryConfig()
@@ -165,8 +165,9 @@ def unternarize(model: Model) -> Model:
 def materialise(model: Model) -> Model:
     """Finish QAT in place: plain linear layers whose weights are Wq (pseudo-quantised).
 
-    The latent weights are gone: save them first if training may go on. The result loads anywhere as a
-    normal model, and `bitcpm pack` makes it small. Converting it to bf16 or fp16 keeps it ternary.
+    The latent weights are gone: save them first if training may go on. The result loads anywhere as
+    a normal model, and `bitcpm pack` makes it small. Converting it to bf16 or fp16 keeps it
+    ternary.
     """
     for _, module in ternary_layers(model):
         module.weight.copy_(fake_quantise(module.weight, module.ternary))

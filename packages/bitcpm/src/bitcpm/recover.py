@@ -1,8 +1,8 @@
 """Codes and scales of weights that are ternary already, without quantising them again.
 
-Absmean is not idempotent: on weights in {-a, 0, a} the mean |W_g| counts the zeros too, so each pass
-shrinks the scale by the share of non-zeros (10 % zeros: 0.9, 0.81, ...). The scale of a finished group
-is max |W_g|, exactly.
+Absmean is not idempotent: on weights in {-a, 0, a} the mean |W_g| counts the zeros too, so each
+pass shrinks the scale by the share of non-zeros (10 % zeros: 0.9, 0.81, ...). The scale of a
+finished group is max |W_g|, exactly.
 """
 
 from __future__ import annotations

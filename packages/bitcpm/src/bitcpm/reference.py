@@ -6,8 +6,8 @@
 Letters: O output features, I input features, n groups in a row, g channels of a group.
 
 Two choices that the papers leave open are fixed here. The scale is rounded to the weights' dtype
-before anything is divided by it, because that is the scale a checkpoint can store. The mean itself is
-taken in fp32.
+before anything is divided by it, because that is the scale a checkpoint can store. The mean itself
+is taken in fp32.
 """
 
 from __future__ import annotations
