@@ -1,0 +1,300 @@
+"""Stage `clean`: learn what good text looks like from seeds, keep the good part of a raw pool.
+
+The tool is `ultraclean` (Ultra-FineWeb, arXiv 2505.05427). What is measured here is what a filter
+must be asked: how well it ranks sources it never saw, and whether a language model that had no
+part in it finds the kept text easier than the dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from minicpm4._files import atomic_path
+from minicpm4.pipeline.models import model_identity, model_path
+from minicpm4.pipeline.stage import Estimate, Stage, StageConfig, Workspace, needs
+from minicpm4.pipeline.text import Passage, check_source, in_share, passages, source_identity
+
+
+class CleanConfig(StageConfig):
+    """Keys of the stage `clean` in a pipeline's YAML."""
+
+    good: list[str] = Field(min_length=1, description="sources of text that one would train on")
+    poor: list[str] = Field(min_length=1, description="sources of text that one would not")
+    seeds: list[str] = Field(
+        min_length=2, description="sources the classifier learns from; it never sees the others"
+    )
+    seed_share: float = Field(default=0.4, gt=0, lt=1, description="share of their documents used")
+    passage_chars: int = Field(default=2000, ge=200, description="documents are cut to this length")
+    max_passages: int = Field(default=0, ge=0, description="most passages of a source; 0 = all")
+    dim: int = Field(default=256, ge=1, description="fastText: width of the embedding")
+    bucket: int = Field(default=2_000_000, ge=1, description="fastText: rows for word n-grams")
+    epochs: int = Field(default=3, ge=1)
+    min_count: int = Field(default=5, ge=1)
+    threshold: float = Field(default=0.5, ge=0, le=1, description="keep what scores at least this")
+    judge: str = Field(default="smollm2", description="model that compares kept and dropped text")
+    judge_passages: int = Field(default=40, ge=2, description="how many of each it reads")
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_are_sources(cls, seeds: list[str], info: Any) -> list[str]:
+        good, poor = info.data.get("good", []), info.data.get("poor", [])
+        for name in seeds:
+            if name not in [*good, *poor]:
+                raise ValueError(f"{name!r} is neither in good nor in poor")
+        if not set(seeds) & set(good) or not set(seeds) & set(poor):
+            raise ValueError("name at least one good and one poor source")
+        return seeds
+
+
+def run(config: CleanConfig, inputs: dict[str, Path], space: Workspace) -> None:
+    """Train the classifier, filter the pool, measure both."""
+    with needs("ultraclean", "clean"):
+        import ultraclean
+
+    space.progress("reading the sources", 0.0)
+    seeds, pool = _divide(config)
+    pool_file = space.path / "pool.jsonl"
+    if not pool_file.exists():
+        _write_pool(pool_file, pool, config, space.seed)
+
+    folder = space.path / "classifier"
+    if not folder.exists():
+        space.progress("training the classifier", 0.1)
+        ultraclean.train(
+            [p.text for p, _, good in seeds if good],
+            [p.text for p, _, good in seeds if not good],
+            ultraclean.ClassifierConfig(
+                dim=config.dim,
+                bucket=config.bucket,
+                epochs=config.epochs,
+                min_count=config.min_count,
+                normaliser="ultrafine-words",
+                seed=space.seed,
+            ),
+            folder,
+        )
+    classifier = ultraclean.Classifier.load(folder)
+
+    space.progress("scoring the pool", 0.3)
+    filtered = space.path / "filtered"
+    report = ultraclean.filter_corpus(
+        [pool_file], filtered, classifier, threshold=config.threshold, drop_duplicates=True
+    )
+
+    space.progress("measuring", 0.5)
+    kept, dropped = _read(filtered / "kept.jsonl"), _read(filtered / "rejected.jsonl")
+    if not kept:
+        raise ValueError(
+            f"no passage of {report.total} scored at least {config.threshold}: lower threshold"
+        )
+    judged = space.once("judge", lambda: _judge(config, kept, dropped, space))
+    space.write_metrics(
+        {
+            "pool": {
+                "in": report.total,
+                "kept": report.kept,
+                "rejected": report.rejected,
+                "malformed": report.malformed,
+            },
+            "seeds": {"good": sum(g for *_, g in seeds), "poor": sum(not g for *_, g in seeds)},
+            "by_source": _by_source(kept, dropped),
+            "by_reason": dict(report.reasons),
+            "auc": _auc(kept, dropped, space.seed),
+            "scores": _histogram(kept, dropped),
+            "judge": judged,
+            "kept_characters": sum(len(r["text"]) for r in kept),
+            "examples": _examples(kept, dropped),
+        }
+    )
+
+
+Labelled = tuple[Passage, str, bool]
+
+
+def _divide(config: CleanConfig) -> tuple[list[Labelled], list[Labelled]]:
+    """Seeds and pool, each as (passage, source, is that good); no document is in both."""
+    seeds: list[Labelled] = []
+    pool: list[Labelled] = []
+    for name in [*config.good, *config.poor]:
+        good = name in config.good
+        taken = 0
+        for passage in passages(name, config.passage_chars):
+            if config.max_passages and taken >= config.max_passages:
+                break
+            taken += 1
+            is_seed = name in config.seeds and in_share(passage.id, config.seed_share, "seed")
+            (seeds if is_seed else pool).append((passage, name, good))
+    return seeds, pool
+
+
+def _write_pool(path: Path, pool: list[Labelled], config: CleanConfig, seed: int) -> None:
+    """The pool in an order that mixes the sources, as a crawl does.
+
+    What the evaluation needs to know of a passage goes along; the classifier sees the text alone.
+    """
+    mixed = sorted(pool, key=lambda item: item[0].id)
+    random.Random(seed).shuffle(mixed)
+    with atomic_path(path) as target, target.open("w", encoding="utf-8") as stream:
+        for passage, name, good in mixed:
+            record = {
+                "id": passage.id,
+                "source": passage.source,
+                "text": passage.text,
+                "from_good": good,
+                "seen": name in config.seeds,
+            }
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def _by_source(kept: list[dict], dropped: list[dict]) -> list[dict[str, Any]]:
+    names = sorted({r["source"] for r in [*kept, *dropped]})
+    rows = []
+    for name in names:
+        mine = [r for r in kept if r["source"] == name]
+        others = [r for r in dropped if r["source"] == name]
+        rows.append(
+            {
+                "source": name,
+                "good": (mine or others)[0]["from_good"],
+                "seen": (mine or others)[0]["seen"],
+                "kept": len(mine),
+                "dropped": len(others),
+                "share_kept": len(mine) / (len(mine) + len(others)),
+            }
+        )
+    return rows
+
+
+def _auc(kept: list[dict], dropped: list[dict], seed: int) -> dict[str, Any]:
+    """How well the score tells good sources from poor: on those it learned from, on the others."""
+    import ultraclean
+
+    result = {}
+    for name, seen in (("seen sources", True), ("unseen sources", False)):
+        rows = [r for r in [*kept, *dropped] if r["seen"] == seen]
+        labels = [bool(r["from_good"]) for r in rows]
+        if len(set(labels)) < 2:
+            continue  # without both kinds there is nothing to rank
+        scores = [r["ultraclean_score"] for r in rows]
+        value, low, high = ultraclean.bootstrap_auc(scores, labels, seed=seed)
+        result[name] = {"value": value, "low": low, "high": high, "passages": len(rows)}
+    return result
+
+
+def _histogram(kept: list[dict], dropped: list[dict]) -> dict[str, list[int]]:
+    """Counts of scores in twenty equal bins, for each kind of source."""
+    bins: dict[str, list[int]] = {}
+    for row in [*kept, *dropped]:
+        kind = "good" if row["from_good"] else "poor"
+        kind += ", seen" if row["seen"] else ", unseen"
+        counts = bins.setdefault(kind, [0] * 20)
+        counts[min(int(row["ultraclean_score"] * 20), 19)] += 1
+    return dict(sorted(bins.items()))
+
+
+def _judge(
+    config: CleanConfig, kept: list[dict], dropped: list[dict], space: Workspace
+) -> dict[str, Any]:
+    """Loss per byte of a model that had no part in the choice, on passages drawn from each side."""
+    from minicpm4.pipeline.judge import loss_per_byte
+
+    draw = random.Random(space.seed)
+    # Only what the score decided: a duplicate is dropped whatever its quality.
+    low = [r for r in dropped if r["ultraclean_reason"] == "score"]
+    chosen = {
+        side: draw.sample(rows, min(config.judge_passages, len(rows)))
+        for side, rows in (("kept", kept), ("dropped", low))
+    }
+    texts = [r["text"] for rows in chosen.values() for r in rows]
+    losses = loss_per_byte(
+        model_path(config.judge),
+        texts,
+        progress=lambda n: space.progress("judging kept and dropped", 0.5 + 0.5 * n / len(texts)),
+    )
+    result: dict[str, Any] = {"model": config.judge}
+    for side, rows in chosen.items():
+        mine, losses = losses[: len(rows)], losses[len(rows) :]
+        mean = sum(mine) / len(mine) if mine else float("nan")
+        spread = sum((x - mean) ** 2 for x in mine) / max(1, len(mine) - 1)
+        result[side] = {
+            "nats_per_byte": mean,
+            "standard_error": (spread / max(1, len(mine))) ** 0.5,
+            "passages": len(mine),
+        }
+    return result
+
+
+def _examples(kept: list[dict], dropped: list[dict]) -> dict[str, list[dict[str, Any]]]:
+    """Passages at the ends and beside the threshold, where a reader learns most."""
+
+    def show(row: dict) -> dict[str, Any]:
+        return {
+            "source": row["source"],
+            "score": row["ultraclean_score"],
+            "text": row["text"][:400],
+        }
+
+    by_score = sorted(kept, key=lambda r: (-r["ultraclean_score"], r["id"]))
+    low = sorted(
+        (r for r in dropped if r["ultraclean_reason"] == "score"),
+        key=lambda r: (r["ultraclean_score"], r["id"]),
+    )
+    return {
+        "kept, surest": [show(r) for r in by_score[:2]],
+        "kept, barely": [show(r) for r in by_score[-2:]],
+        "dropped, barely": [show(r) for r in low[-2:]],
+        "dropped, surest": [show(r) for r in low[:2]],
+    }
+
+
+def estimate(config: CleanConfig, inputs: dict[str, Path]) -> Estimate:
+    """The model's two matrices dominate memory and disk; reading and judging dominate time."""
+    matrix = config.bucket * config.dim * 4
+    return Estimate(
+        seconds=20 + matrix / 1e8 + 0.6 * config.judge_passages * 2,
+        memory_bytes=2 * matrix + 1_500_000_000,
+        disk_bytes=2 * matrix + 60_000_000,
+        detail=", ".join([*config.good, *config.poor]),
+    )
+
+
+def check(config: CleanConfig) -> None:
+    """Every source and the judge must be there before anything runs."""
+    for name in [*config.good, *config.poor]:
+        check_source(name)
+    model_path(config.judge)
+
+
+def external(config: CleanConfig) -> dict[str, str]:
+    """What the stage reads from outside the pipeline."""
+    identities = {name: source_identity(name) for name in [*config.good, *config.poor]}
+    return {**identities, config.judge: model_identity(config.judge)}
+
+
+STAGE = Stage(
+    name="clean",
+    summary="learn what good text looks like, keep the good part of a raw pool",
+    config=CleanConfig,
+    run=run,
+    estimate=estimate,
+    inputs={},
+    outputs={
+        "kept": "filtered/kept.jsonl",
+        "rejected": "filtered/rejected.jsonl",
+        "classifier": "classifier",
+        "metrics": "metrics.json",
+    },
+    sources=("ultraclean", "minicpm4.stages.clean", "minicpm4.pipeline.text"),
+    external=external,
+    check=check,
+)
