@@ -82,7 +82,9 @@ def infllmv2_attention(
         ValueError: as `select_blocks` and `block_sparse_attention`, or `cache` is given.
     """
     if cache is not None:
-        raise ValueError("cache must be None: keeping compressed keys between calls is not available yet")
+        raise ValueError(
+            "cache must be None: keeping compressed keys between calls is not available yet"
+        )
     return attend(q, k, v, config, backend=backend)[0]
 
 

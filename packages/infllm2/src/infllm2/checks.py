@@ -41,7 +41,9 @@ def check_kv(k: Tensor, v: Tensor) -> None:
         ValueError: it has not.
     """
     if v.shape != k.shape:
-        raise ValueError(f"k and v must have one shape, got k {tuple(k.shape)} and v {tuple(v.shape)}")
+        raise ValueError(
+            f"k and v must have one shape, got k {tuple(k.shape)} and v {tuple(v.shape)}"
+        )
     check_same_kind("k", k, "v", v)
 
 

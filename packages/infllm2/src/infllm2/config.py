@@ -117,7 +117,9 @@ class InfLLMv2Config:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(entry) - known)
         if unknown:
-            raise ValueError(f"sparse_config has unknown fields {unknown}: expected some of {sorted(known)}")
+            raise ValueError(
+                f"sparse_config has unknown fields {unknown}: expected some of {sorted(known)}"
+            )
         return cls(**entry)
 
 

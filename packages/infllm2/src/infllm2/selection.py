@@ -11,9 +11,7 @@ from infllm2.config import InfLLMv2Config
 
 
 @torch.no_grad()
-def select_blocks(
-    q: Tensor, k: Tensor, config: InfLLMv2Config, *, backend: str = "auto"
-) -> Tensor:
+def select_blocks(q: Tensor, k: Tensor, config: InfLLMv2Config, *, backend: str = "auto") -> Tensor:
     """Choose the key blocks that each query visits: initial, window, and the best-scored others.
 
     One set per query and key-value head, shared by the heads of the group. Positions are absolute, so a

@@ -26,9 +26,7 @@ class ReferenceBackend:
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, block_size: int, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See `infllm2.block_sparse_attention`."""
-        return reference.block_sparse_attention(
-            q, k, v, blocks, block_size=block_size, scale=scale
-        )
+        return reference.block_sparse_attention(q, k, v, blocks, block_size=block_size, scale=scale)
 
 
 BACKEND = ReferenceBackend()

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infllm2.backends import DTYPES, Inputs, torch_gather, torch_local, torch_scatter, torch_selection
+from infllm2.backends import (
+    DTYPES,
+    Inputs,
+    torch_gather,
+    torch_local,
+    torch_scatter,
+    torch_selection,
+)
 from infllm2.config import InfLLMv2Config
 from infllm2.reference import working_dtype
 

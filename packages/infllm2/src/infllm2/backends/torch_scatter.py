@@ -45,7 +45,9 @@ def pairs(blocks_MTn: Tensor, start: int, block_size: int, *, skip_nearest: int 
     """List the visited pairs, less the `skip_nearest` blocks that end in the query's own."""
     M, T, n = blocks_MTn.shape
     device = blocks_MTn.device
-    own = torch.arange(start, start + T, device=device, dtype=blocks_MTn.dtype)[:, None] // block_size
+    own = (
+        torch.arange(start, start + T, device=device, dtype=blocks_MTn.dtype)[:, None] // block_size
+    )
     wanted = (blocks_MTn >= 0) & (blocks_MTn <= own - skip_nearest)
     rows, counts = [], []
     for head in range(M):

@@ -20,6 +20,8 @@ from infllm2.reference import working_dtype
 
 # Bytes of scores that one tile may hold; tiles become shorter where a block of queries needs more.
 TILE_BYTES = 32 << 20
+# Blocks of queries whose best blocks are picked in one go.
+STRIP_BLOCKS = 16
 
 
 def select(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
@@ -35,8 +37,6 @@ def select(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
     scored_from = max(S - T, config.budget * config.block_size)
     fine, coarse = _compress(k.to(dtype).reshape(B * K, S, D), config, needed=scored_from < S)
 
-    row_bytes = max(1, fine.shape[1] * q_MGTD.shape[0] * q_MGTD.shape[1] * q_MGTD.element_size())
-    rows = max(1, min(config.block_size, TILE_BYTES // row_bytes))
     start = S - T
     while start < S:
         own = start // config.block_size
@@ -44,9 +44,9 @@ def select(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
             stop = min(S, config.budget * config.block_size)
             _all_blocks(out[:, start - S + T : stop - S + T], start, config.block_size)
         else:
-            stop = min(S, start + rows, (own + 1) * config.block_size)
-            tile = slice(start - S + T, stop - S + T)
-            out[:, tile] = _select_tile(q_MGTD[:, :, tile], fine, coarse, start, config)
+            stop = min(S, (own + STRIP_BLOCKS) * config.block_size)
+            strip = slice(start - S + T, stop - S + T)
+            out[:, strip] = _select_strip(q_MGTD[:, :, strip], fine, coarse, start, config)
         start = stop
     return out.view(B, K, T, config.budget)
 
@@ -83,13 +83,39 @@ def _windows(sums_MJD: Tensor, width: int) -> Tensor:
     return total
 
 
-def _select_tile(
+def _select_strip(
+    q_MGTD: Tensor, fine: Tensor, coarse: Tensor, start: int, config: InfLLMv2Config
+) -> Tensor:
+    """Blocks of queries start … start + T − 1, all past the budget: [M, T, n].
+
+    Scores come tile by tile, the choice for the whole strip at once: it is many small operations.
+    """
+    M, G, T, D = q_MGTD.shape
+    last_own = (start + T - 1) // config.block_size
+    scores = q_MGTD.new_full((M, T, last_own - config.window_blocks + 1), -math.inf)
+    row_bytes = max(1, fine.shape[1] * M * G * q_MGTD.element_size())
+    rows = max(1, min(config.block_size, TILE_BYTES // row_bytes))
+    first = start
+    while first < start + T:
+        own = first // config.block_size
+        stop = min(start + T, first + rows, (own + 1) * config.block_size)
+        tile = slice(first - start, stop - start)
+        tile_scores = _score_tile(q_MGTD[:, :, tile], fine, coarse, first, config)
+        scores[:, tile, : tile_scores.shape[1]] = tile_scores.transpose(1, 2)
+        first = stop
+    chosen = _top_indices(scores, config.topk)
+    own_T = torch.arange(start, start + T, device=chosen.device) // config.block_size
+    back = torch.arange(1 - config.window_blocks, 1, device=chosen.device)
+    local = (own_T[:, None] + back).expand(M, T, -1)
+    return torch.cat([chosen, local], -1).int()
+
+
+def _score_tile(
     q_MGRD: Tensor, fine: Tensor, coarse: Tensor, start: int, config: InfLLMv2Config
 ) -> Tensor:
-    """Blocks of queries start … start + R − 1, all in one block and past the budget: [M, R, n]."""
+    """Scores of the blocks before the window, for queries of one block: [M, candidates, R]."""
     M, G, R, D = q_MGRD.shape
-    window = config.window_blocks
-    candidates = start // config.block_size - window + 1
+    candidates = start // config.block_size - config.window_blocks + 1
     per_block = config.block_size // config.kernel_stride
     q_MDC = q_MGRD.reshape(M, G * R, D).transpose(1, 2)
 
@@ -103,9 +129,7 @@ def _select_tile(
     overlap = config.kernel_size // config.kernel_stride - 1
     pooled = _pool(scores, candidates, per_block, overlap)
     pooled[:, : config.init_blocks] = math.inf
-    chosen = _top_indices(pooled.transpose(1, 2).contiguous(), config.topk)
-    local = torch.arange(candidates, candidates + window, device=chosen.device)
-    return torch.cat([chosen, local.expand(M, R, window)], -1).int()
+    return pooled
 
 
 def _lse(
@@ -165,11 +189,12 @@ def _pool(scores_MJR: Tensor, candidates: int, per_block: int, overlap: int) -> 
 def _top_indices(scores_MRN: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest, ascending, ties to the lower index: int64 [M, R, count]."""
     values, index = scores_MRN.topk(count, dim=-1, sorted=False)
-    least = values.amin(-1, keepdim=True)
-    if torch.count_nonzero(scores_MRN >= least) == index.numel():
-        return index.sort(-1).values
+    candidates = scores_MRN >= values.amin(-1, keepdim=True)
+    if torch.count_nonzero(candidates) == index.numel():
+        # Nobody shares the last place: the set is unique, and `nonzero` lists it in order.
+        return candidates.flatten(0, 1).nonzero()[:, 1].view_as(index)
     # `topk` breaks ties as it likes, so wherever the last place is shared we sort, stably.
-    tied = (scores_MRN >= least).sum(-1) != count
+    tied = candidates.sum(-1) != count
     order = scores_MRN[tied].sort(dim=-1, descending=True, stable=True).indices
     index[tied] = order[..., :count]
     return index.sort(-1).values

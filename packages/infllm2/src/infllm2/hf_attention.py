@@ -1,0 +1,209 @@
+"""The attention and mask functions that transformers calls, and the open sessions they look up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infllm2.attention import attend
+from infllm2.config import InfLLMv2Config
+from infllm2.trace import Call, Trace, causal_blocks, timed
+
+# Keyword arguments of other attention functions that would change the result; none may be set.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cu_seq_lens_q", "cu_seqlens_q", "block_table")
+
+
+@dataclass
+class Session:
+    """What the attention function must know about a model: found by its configuration object."""
+
+    model_config: Any
+    trace: Trace
+    config: InfLLMv2Config | None = None
+    backend: str = "auto"
+
+
+# Open sessions by id of the model's configuration; a session keeps its configuration alive.
+sessions: dict[int, Session] = {}
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask handed to `sparse_forward`: bool [B, positions so far], True for tokens; None if all are.
+
+    A cache of fixed size holds more keys than there are positions so far; the rest is cut off there.
+    """
+    from transformers.masking_utils import causal_mask_function
+
+    if mask_function is not causal_mask_function or kv_offset:
+        raise ValueError(
+            "infllm2 attention is plain causal: sliding-window layers, packed sequences and custom masks "
+            "are not supported; set config.sliding_window=None (Mistral, Phi-3) or pass an attention_mask"
+        )
+    length = int(q_offset) + q_length
+    if attention_mask is None:
+        if length == kv_length:
+            return None
+        return torch.ones(batch_size, length, dtype=torch.bool, device=kwargs.get("device"))
+    mask = attention_mask[:, :length].bool()
+    return None if length == kv_length and bool(mask.all()) else mask
+
+
+def sparse_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: q [B, H, T, D], k and v [B, K, S, D] → [B, T, H, D]."""
+    session = _session(module)
+    config = session.config or _config_of(module)
+    _check_call(key, attention_mask, dropout, kwargs)
+    T, D = query.shape[2:]
+    # Both steps scale by 1/√D; what a model wants beyond that goes into the queries.
+    if scaling is not None and abs(scaling * D**0.5 - 1) > 1e-6:
+        query = query * (scaling * D**0.5)
+
+    def run() -> tuple[Tensor, list[tuple[int, int, int, Tensor | None]]]:
+        if attention_mask is None:
+            out, blocks = attend(query, key, value, config, backend=session.backend)
+            parts = [(query.shape[0], key.shape[2] - T, key.shape[2], blocks)]
+        else:
+            out, parts = _ragged(query, key, value, attention_mask, config, session.backend)
+        return out.transpose(1, 2).contiguous(), parts
+
+    (out, parts), seconds = timed(run, query.device)
+    _record(session.trace, module, key.shape[1], T, parts, seconds)
+    return out, None
+
+
+def _ragged(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, config: InfLLMv2Config, backend: str
+) -> tuple[Tensor, list[tuple[int, int, int, Tensor | None]]]:
+    """Rows without their padding: tokens of a row stand at start … end − 1 of the keys."""
+    T, S = q.shape[2], mask.shape[1]
+    lengths = mask.sum(1)
+    starts = torch.where(lengths > 0, mask.int().argmax(1), S)
+    places = torch.arange(S, device=mask.device)
+    inside = (places >= starts[:, None]) & (places < (starts + lengths)[:, None])
+    if not torch.equal(inside, mask):
+        raise ValueError(
+            "attention_mask has holes: infllm2 supports padding at the left or the right of a row only"
+        )
+    rows: dict[tuple[int, int], list[int]] = {}
+    for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        rows.setdefault((start, start + length), []).append(row)
+    out = torch.zeros_like(q)
+    parts = []
+    for (start, end), members in rows.items():
+        first = max(start, S - T)
+        if first >= end:
+            continue
+        at = slice(first - (S - T), end - (S - T))
+        # Neighbouring rows, most often all of them, are a view; others have to be copied together.
+        together = members[-1] - members[0] == len(members) - 1
+        pick = slice(members[0], members[-1] + 1) if together else members
+        keys = slice(start, end)
+        part, blocks = attend(
+            q[pick, :, at], k[pick, :, keys], v[pick, :, keys], config, backend=backend
+        )
+        out[pick, :, at] = part
+        parts.append((len(members), first - start, end - start, blocks))
+    return out, parts
+
+
+def _record(
+    trace: Trace,
+    module: torch.nn.Module,
+    kv_heads: int,
+    T: int,
+    parts: list[tuple[int, int, int, Tensor | None]],
+    seconds: float,
+) -> None:
+    """Count the blocks of (rows, first query, end, blocks or None if dense) and append one call."""
+    visited = causal = queries = keys = 0
+    layer = getattr(module, "layer_idx", 0)
+    for rows, first, end, blocks in parts:
+        total = causal_blocks(first, end, trace.block_size) * rows * kv_heads
+        causal += total
+        visited += total if blocks is None else int(torch.count_nonzero(blocks >= 0))
+        queries += rows * (end - first)
+        keys = max(keys, end)
+        if blocks is not None:
+            trace.keep(layer, blocks[0], first)
+    trace.record(Call(layer, queries, keys, seconds, visited, causal, prefill=T > 1))
+
+
+def dense_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' own `sdpa` attention function, timed."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    result, seconds = timed(
+        lambda: sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs),
+        query.device,
+    )
+    T, S = query.shape[2], key.shape[2]
+    parts = [(query.shape[0], S - T, S, None)]
+    _record(_session(module).trace, module, key.shape[1], T, parts, seconds)
+    return result
+
+
+def _session(module: torch.nn.Module) -> Session:
+    """The open session of the model this layer belongs to, or a passing one outside of any."""
+    model_config = getattr(module, "config", None)
+    session = sessions.get(id(model_config))
+    if session is not None:
+        return session
+    config = _config_of(module)
+    return Session(model_config, Trace(config.block_size), config)
+
+
+def _config_of(module: torch.nn.Module) -> InfLLMv2Config:
+    """Sizes from the model's `sparse_config`; the defaults without one."""
+    entry = getattr(getattr(module, "config", None), "sparse_config", None)
+    return InfLLMv2Config() if entry is None else InfLLMv2Config.from_pretrained_config(entry)
+
+
+def _check_call(key: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Refuse what would silently be ignored."""
+    window = kwargs.get("sliding_window")
+    if window is not None and key.shape[2] > window:
+        raise ValueError(
+            f"the layer has a sliding window of {window} tokens and {key.shape[2]} keys: infllm2 attention "
+            "does not support sliding-window layers"
+        )
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"infllm2 attention does not support {name}, which the model passes")
+    if dropout:
+        raise ValueError(
+            f"infllm2 attention has no dropout, got {dropout}: set attention_dropout=0"
+        )
+    if mask is not None and (mask.dim() != 2 or mask.dtype != torch.bool):
+        raise ValueError(
+            f"infllm2 attention takes a padding mask [batch, length], got {mask.dtype} {tuple(mask.shape)}: "
+            "pass the 2D attention_mask, not a prepared 4D one"
+        )
