@@ -1,0 +1,299 @@
+"""The `cpmcu` command: generate, chat, plan, bench, selfcheck."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cpmcu import _cli
+from cpmcu._cli_options import (
+    ContextLimit,
+    DType,
+    Model,
+    Penalty,
+    RepeatableStop,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    load,
+    memory_limit_bytes,
+    parse_bytes,
+    print_table,
+    read_prompt,
+    size,
+    working,
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run language models on this machine. MODEL is a folder with safetensors (a transformers "
+    "model, or one packed by bitcpm) or a .gguf file.",
+)
+MinP = Annotated[
+    float, typer.Option(help="Keep tokens at least this fraction as likely as the best.")
+]
+Limit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-limit", help="Bytes for weights, cache and activations: 800M, 4GiB, ..."
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output instead.")
+]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Read the text to continue from this file.")
+    ] = None,
+    messages: Annotated[
+        Path | None,
+        typer.Option(
+            help='Answer the conversation in this JSON file: [{"role": ..., "content": ...}, ...].'
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="At most this many.")
+    ] = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    stop: RepeatableStop = None,
+    dtype: DType = "auto",
+    threads: Threads = None,
+    max_context: ContextLimit = None,
+    memory_limit: Limit = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print the cost on standard error.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Continue a text, or answer a conversation, and stream it to standard output."""
+    from cpmcu.results import Stream
+
+    source = read_prompt(prompt, prompt_file, messages)
+    engine = load(model, dtype, threads, max_context, memory_limit)
+    stream = engine.generate(
+        **source,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+        stream=True,
+    )
+    assert isinstance(stream, Stream)
+    for piece in stream:
+        if not as_json:
+            print(piece, end="", flush=True)
+    print(json.dumps(stream.result.to_dict(), ensure_ascii=False) if as_json else "")
+    if stats:
+        print(json.dumps(stream.result.stats.to_dict()), file=sys.stderr)
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[
+        str | None, typer.Option(help="First message, to set the assistant's role.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="Per answer.")
+    ] = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    dtype: DType = "auto",
+    threads: Threads = None,
+    max_context: ContextLimit = None,
+    memory_limit: Limit = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print each answer's cost after it.")
+    ] = False,
+) -> None:
+    """Talk to a model, one line per turn; reads a pipe as well.
+
+    /exit ends, /reset starts over, Ctrl-C stops the answer only.
+    """
+    from cpmcu import chat as conversation
+
+    engine = load(model, dtype, threads, max_context, memory_limit)
+    conversation.run(
+        engine,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stats=stats,
+    )
+
+
+@app.command()
+def plan(
+    model: Model,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens to plan for; default: the model's limit.")
+    ] = None,
+    dtype: DType = "auto",
+    memory_limit: Limit = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(help="Memory bytes per second, as 35G; default: measured for half a second."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print what MODEL needs before loading it: bytes, longest context, bound on decoding speed.
+
+    The bound is bandwidth / bytes read per token: no program can decode faster from memory.
+    """
+    from cpmcu import plan as planning
+
+    made = planning.make(
+        model,
+        dtype=dtype,
+        context=context,
+        memory_limit=memory_limit_bytes(memory_limit),
+        bandwidth=None if bandwidth is None else parse_bytes(bandwidth, "--bandwidth"),
+    )
+    if as_json:
+        print(json.dumps(made.to_dict()))
+        return
+    rows = [
+        (
+            "architecture",
+            f"{made.architecture}, {made.parameters / 1e6:.1f} M parameters, {made.kind}",
+        ),
+        ("files", size(made.file_bytes)),
+        (f"weights in {made.dtype}", size(made.weight_bytes)),
+        (f"keys and values, {made.context} tokens", size(made.kv_bytes)),
+        ("  per token", size(made.kv_bytes_per_token)),
+        ("activations", size(made.activation_bytes)),
+        ("total", size(made.total_bytes)),
+        ("memory limit", size(made.memory_limit)),
+        ("largest context that fits", f"{made.largest_context} of {made.model_context} tokens"),
+        ("memory bandwidth", f"{made.bandwidth / 1e9:.1f} GB/s"),
+        ("decode bound at this context", f"{made.decode_bound:.1f} tokens/s"),
+    ]
+    print_table(made.model, ("", ""), rows)
+    if made.total_bytes > made.memory_limit:
+        fix = (
+            f"--context {made.largest_context}"
+            if made.largest_context
+            else "a smaller model or --dtype bfloat16"
+        )
+        print(f"does not fit: take {fix}")
+
+
+@app.command()
+def bench(
+    model: Model,
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Prompt lengths, separated by commas.")
+    ] = "512,2048",
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt.")] = 32,
+    repeats: Annotated[
+        int, typer.Option(help="Timed runs of each length; the median is shown.")
+    ] = 3,
+    dtype: DType = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure prefill and decode speed, in tokens per second."""
+    import torch
+
+    from cpmcu import bench as timing
+
+    try:
+        lengths = [int(part) for part in prompt_tokens.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--prompt-tokens must be integers and commas, got '{prompt_tokens}'"
+        ) from None
+    engine = load(model, dtype, threads, None, None)
+    with working("timing") as progress:
+        rows = timing.run(
+            engine, lengths, new_tokens=new_tokens, repeats=repeats, progress=progress
+        )
+    kind = str(engine.dtype).removeprefix("torch.")
+    count = engine.threads or torch.get_num_threads()
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "model": model,
+                    "dtype": kind,
+                    "threads": count,
+                    "rows": [r.to_dict() for r in rows],
+                }
+            )
+        )
+        return
+    print_table(
+        f"{model}: {kind}, {count} threads, median of {repeats}",
+        ("prompt tokens", "prefill tok/s", "decode tok/s"),
+        [
+            (
+                r.prompt_tokens,
+                f"{r.prefill_tokens_per_second:.0f}",
+                f"{r.decode_tokens_per_second:.1f}",
+            )
+            for r in rows
+        ],
+    )
+
+
+@app.command()
+def selfcheck(as_json: Json = False) -> None:
+    """Compare every backend with the plain fp32 computation; exit code 1 if one fails."""
+    from cpmcu import selfcheck as checking
+
+    checks = checking.run()
+    if as_json:
+        print(json.dumps([check.to_dict() for check in checks]))
+    else:
+        rows = [
+            (
+                c.backend,
+                c.dtype,
+                "yes" if c.available else "no",
+                f"{c.error:.1e}",
+                f"{c.tolerance:.0e}",
+                ("ok" if c.passed else "FAILED") + (f" ({c.reason})" if c.reason else ""),
+            )
+            for c in checks
+        ]
+        print_table(
+            "cpmcu selfcheck", ("backend", "dtype", "available", "error", "limit", "verdict"), rows
+        )
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    _cli.run(app)

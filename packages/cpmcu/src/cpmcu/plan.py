@@ -1,0 +1,203 @@
+"""What a model will need, from its headers alone: bytes, the longest context, the speed limit."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from cpmcu.cache import bytes_per_token
+from cpmcu.loader import Source
+from cpmcu.spec import ModelSpec
+
+CHUNK = 512  # tokens per prefill chunk
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All sizes in bytes, lengths in tokens, bandwidth in bytes per second.
+
+    `decode_bound` is the tokens per second that memory bandwidth allows at `context` tokens:
+    every weight but the embedding table's unread rows, and every key and value, is read once
+    per token. Real decoding is slower.
+    """
+
+    model: str
+    kind: str
+    architecture: str
+    dtype: str
+    parameters: int
+    file_bytes: int
+    context: int
+    model_context: int
+    weight_bytes: int
+    kv_bytes: int
+    kv_bytes_per_token: int
+    activation_bytes: int
+    total_bytes: int
+    memory_limit: int
+    largest_context: int
+    bandwidth: float
+    decode_bound: float
+
+    def to_dict(self) -> dict[str, object]:
+        """The plan as JSON values."""
+        return asdict(self)
+
+
+def resolve_dtype(name: str | torch.dtype, source: Source) -> torch.dtype:
+    """The compute dtype: a torch dtype or its name, or "auto".
+
+    "auto" is bf16 where the processor multiplies it natively (AVX-512 BF16 or AMX) and fp32
+    elsewhere: emulated bf16 products are slower than fp32, and bf16 halves the bytes per token.
+    """
+    if name == "auto":
+        return torch.bfloat16 if native_bf16() else torch.float32
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {name!r}")
+    return dtype
+
+
+def native_bf16() -> bool:
+    """Whether this processor has bf16 dot products."""
+    supports = (
+        getattr(torch.cpu, f"_is_{kind}_supported", None) for kind in ("avx512_bf16", "amx_tile")
+    )
+    return any(check() for check in supports if check is not None)
+
+
+def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of all weights in `dtype`."""
+    return spec.parameters * dtype.itemsize
+
+
+def activation_bytes(spec: ModelSpec, dtype: torch.dtype, context: int) -> int:
+    """Peak bytes of one chunk's intermediate values, on top of weights and cache.
+
+    The widest moment is either the feed-forward's (gate and up, their product, the residual
+    stream) or attention's (q, k, v, rotated copies, the chunk's mask as bool and as a number);
+    then come the fp32 logits of the last position and the angle tables.
+    """
+    tokens = min(CHUNK, context)
+    ffn = tokens * (4 * spec.ffn + 3 * spec.hidden) * dtype.itemsize
+    attention = tokens * (4 * spec.qkv_rows + 3 * spec.hidden) * dtype.itemsize
+    attention += tokens * context * (1 + 4)
+    tables = 2 * context * spec.head_dim * dtype.itemsize
+    return max(ffn, attention) + spec.vocab * (4 + dtype.itemsize) + tables
+
+
+def total_bytes(spec: ModelSpec, dtype: torch.dtype, context: int) -> int:
+    """Weights, keys and values, and activations at `context` tokens."""
+    cache = context * bytes_per_token(spec, dtype)
+    return weight_bytes(spec, dtype) + cache + activation_bytes(spec, dtype, context)
+
+
+def largest_context(spec: ModelSpec, dtype: torch.dtype, limit: int) -> int:
+    """Most tokens, up to the model's own limit, whose `total_bytes` fit in `limit`; 0 if none."""
+    low, high = 0, spec.max_context
+    while low < high:  # total_bytes grows with the context
+        middle = (low + high + 1) // 2
+        if total_bytes(spec, dtype, middle) <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def check_context(wanted: int | None, spec: ModelSpec) -> int:
+    """`wanted` tokens, or the model's limit for None; ValueError outside 1 .. that limit."""
+    if wanted is None:
+        return spec.max_context
+    if not 1 <= wanted <= spec.max_context:
+        limit = f"1..{spec.max_context} (the model's limit)"
+        raise ValueError(f"max_context must be in {limit}, got {wanted}")
+    return wanted
+
+
+def fit_context(spec: ModelSpec, dtype: torch.dtype, wanted: int | None, limit: int) -> int:
+    """`wanted` tokens, or as many as fit for None; ValueError where `limit` bytes are too few."""
+    fits = largest_context(spec, dtype, limit)
+    if fits < (wanted or 1):
+        need = total_bytes(spec, dtype, wanted or 1)
+        fix = f"lower max_context to {fits}" if fits else "raise it or take a smaller dtype"
+        raise ValueError(
+            f"memory_limit={limit} is too small: {wanted or 1} tokens of context need {need} "
+            f"bytes; {fix}"
+        )
+    return wanted or fits
+
+
+def available_memory() -> int:
+    """Bytes the system can give without swapping."""
+    return psutil.virtual_memory().available
+
+
+def measure_bandwidth(megabytes: int = 256, seconds: float = 0.5) -> float:
+    """Bytes per second this machine reads with PyTorch's threads: the best of repeated sums."""
+    data = torch.ones(megabytes << 18, dtype=torch.float32)
+    best, stop = 0.0, time.perf_counter() + seconds
+    while best == 0.0 or time.perf_counter() < stop:
+        start = time.perf_counter()
+        data.sum()
+        best = max(best, data.nbytes / (time.perf_counter() - start))
+    return best
+
+
+def make(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    context: int | None = None,
+    memory_limit: int | None = None,
+    bandwidth: float | None = None,
+) -> Plan:
+    """Plan the model at `path` without loading it.
+
+    Args:
+        path: model folder or .gguf file; only headers are read.
+        dtype: "auto", "float32" or "bfloat16".
+        context: tokens to plan for; None takes the model's limit.
+        memory_limit: bytes; None takes what is now available.
+        bandwidth: bytes per second; None measures it for half a second.
+
+    Raises:
+        ValueError: `context` is outside 1 .. the model's limit, or another value is not positive.
+    """
+    source = Source(path)
+    spec, compute = source.spec, resolve_dtype(dtype, source)
+    context = spec.max_context if context is None else context
+    if not 1 <= context <= spec.max_context:
+        raise ValueError(
+            f"context must be in 1..{spec.max_context} (the model's limit), got {context}"
+        )
+    for name, value in (("memory_limit", memory_limit), ("bandwidth", bandwidth)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    limit = available_memory() if memory_limit is None else memory_limit
+    speed = measure_bandwidth() if bandwidth is None else bandwidth
+    per_token, weights = bytes_per_token(spec, compute), weight_bytes(spec, compute)
+    # An untied model reads one row of its embedding table, not the table.
+    read = weights - (0 if spec.tie else spec.vocab * spec.hidden * compute.itemsize)
+    return Plan(
+        model=str(path),
+        kind=source.kind,
+        architecture=spec.architecture,
+        dtype=str(compute).removeprefix("torch."),
+        parameters=spec.parameters,
+        file_bytes=source.file_bytes,
+        context=context,
+        model_context=spec.max_context,
+        weight_bytes=weights,
+        kv_bytes=context * per_token,
+        kv_bytes_per_token=per_token,
+        activation_bytes=activation_bytes(spec, compute, context),
+        total_bytes=total_bytes(spec, compute, context),
+        memory_limit=limit,
+        largest_context=largest_context(spec, compute, limit),
+        bandwidth=speed,
+        decode_bound=speed / (read + context * per_token),
+    )

@@ -1,0 +1,102 @@
+"""Does the engine compute right on this machine? A random model, against its invariants."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from cpmcu import plan, reference
+from cpmcu.engine import BACKENDS, Engine
+from cpmcu.rope import Rope
+from cpmcu.spec import ModelSpec
+from cpmcu.weights import allocate
+
+# Largest difference allowed between two ways to compute the same logits, relative to their scale.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One line: a backend in a dtype, whether it runs, its error and the limit of that error."""
+
+    backend: str
+    dtype: str
+    available: bool
+    reason: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the backend is available and its error within the tolerance."""
+        return self.available and self.error <= self.tolerance
+
+    def to_dict(self) -> dict[str, object]:
+        """The check as JSON values."""
+        return asdict(self) | {"passed": self.passed}
+
+
+def tiny_engine(dtype: torch.dtype, *, seed: int = 0) -> Engine:
+    """A random 3-layer model with an odd group of query heads, all options that have arithmetic."""
+    spec = ModelSpec(
+        architecture="qwen3",
+        hidden=48,
+        layers=3,
+        heads=6,
+        kv_heads=2,
+        head_dim=16,
+        ffn=80,
+        vocab=97,
+        rms_eps=1e-6,
+        rope=Rope(),
+        max_context=512,
+        qk_norm=True,
+        qkv_bias=True,
+        embed_scale=3.0,
+        residual_scale=0.7,
+        logit_scale=0.5,
+    )
+    weights, generator = allocate(spec, dtype), torch.Generator().manual_seed(seed)
+    for name, slot in weights.slots.items():
+        values = torch.randn(slot.shape, generator=generator) / slot.shape[-1] ** 0.5
+        slot.copy_(values + 1.0 if name.endswith("norm.weight") else values)
+    return Engine(spec, weights)
+
+
+def run() -> list[Check]:
+    """Check every backend in every dtype: whole prefill against odd chunks and single steps."""
+    checks = []
+    for backend in BACKENDS:
+        for dtype, tolerance in TOLERANCE.items():
+            engine = tiny_engine(dtype)
+            supported, reason = reference.is_supported(engine.spec, dtype)
+            if dtype == torch.bfloat16 and supported and not plan.native_bf16():
+                reason = "emulated on this processor"
+            checks.append(
+                Check(
+                    backend=backend,
+                    dtype=str(dtype).removeprefix("torch."),
+                    available=supported,
+                    reason=reason,
+                    error=_error(engine),
+                    tolerance=tolerance,
+                )
+            )
+    return checks
+
+
+def _error(engine: Engine) -> float:
+    ids = torch.randint(
+        engine.spec.vocab, (41,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
+    # In fp32, the whole prompt at once: the plainest path through the code.
+    whole = tiny_engine(torch.float32).logits(ids)
+    engine.reset()
+    chunked = [engine.prefill(ids[:7]), engine.prefill(ids[7:24])]
+    stepwise = [engine.decode(token) for token in ids[24:]]
+    got: list[Tensor] = [*chunked, *stepwise]
+    wanted = [whole[6], whole[23], *whole[24:]]
+    difference = max(float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True))
+    return difference / float(whole.abs().max())
