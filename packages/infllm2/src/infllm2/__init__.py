@@ -1,7 +1,7 @@
 """InfLLM v2: trainable block-sparse attention, exact over the blocks it visits (arXiv 2509.24663).
 
-The names below need only PyTorch and are imported on first use; what needs transformers or matplotlib
-lives in `infllm2.hf` and `infllm2.visualise`.
+The names below need only PyTorch and are imported on first use; what needs transformers or
+matplotlib lives in `infllm2.hf` and `infllm2.visualise`.
 """
 
 from __future__ import annotations

@@ -24,26 +24,28 @@ def block_sparse_attention(
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact softmax attention over the visited blocks, cut by causality; differentiable in q, k and v.
+    """Exact softmax attention over the visited blocks, cut by causality; differentiable in q, k and
+    v.
 
     Args:
         q: queries `[B, Hq, T, D]`, the last T of S positions.
         k: keys `[B, Hkv, S, D]`.
-        v: values `[B, Hkv, S, D]`; finite (keys need not be: a key that is not finite spoils exactly
-            the queries that see it).
-        blocks: int32 or int64 `[B, Hkv, T, n]`, ascending without repetition, then −1, for example from
-            `select_blocks`. Blocks after a query's own are ignored.
+        v: values `[B, Hkv, S, D]`; finite (keys need not be: a key that is not finite spoils
+            exactly the queries that see it).
+        blocks: int32 or int64 `[B, Hkv, T, n]`, ascending without repetition, then −1, for example
+            from `select_blocks`. Blocks after a query's own are ignored.
         block_size: tokens per block.
         scale: factor on the logits; 1/√D if not given.
         backend: "auto", "torch" or "reference".
-        return_lse: also return the natural log of the sum of exponentials, `[B, Hq, T]`, float32 (float64
-            for float64 inputs), with gradient.
+        return_lse: also return the natural log of the sum of exponentials, `[B, Hq, T]`, float32
+            (float64 for float64 inputs), with gradient.
 
     Returns:
         `[B, Hq, T, D]` in q's dtype. A query whose blocks hold no visible key gets 0 (and −inf).
 
     Raises:
-        ValueError: shapes, dtypes, devices or block indices do not fit together, or the backend cannot run.
+        ValueError: shapes, dtypes, devices or block indices do not fit together, or the backend
+            cannot run.
     """
     check_qk(q, k)
     check_kv(k, v)
@@ -64,14 +66,16 @@ def infllmv2_attention(
     cache: None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """InfLLM v2 in one call: dense below `config.dense_len` keys, else selection and sparse attention.
+    """InfLLM v2 in one call: dense below `config.dense_len` keys, else selection and sparse
+    attention.
 
     Args:
         q: queries `[B, Hq, T, D]`, the last T of S positions.
         k: keys `[B, Hkv, S, D]`.
         v: values `[B, Hkv, S, D]`.
-        config: sizes and budget. The switch looks at S of this call, as MiniCPM4's does: early chunks of
-            a long prompt may be dense where the whole prompt at once is sparse. `dense_len=-1` avoids it.
+        config: sizes and budget. The switch looks at S of this call, as MiniCPM4's does: early
+            chunks of a long prompt may be dense where the whole prompt at once is sparse.
+            `dense_len=-1` avoids it.
         cache: compressed keys kept between calls; not available yet, they are recomputed (O(S·D)).
         backend: "auto", "torch" or "reference"; has no say in dense attention.
 
@@ -105,7 +109,7 @@ def attend(
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by PyTorch's fused kernel: q `[B, Hq, T, D]` are the last T of S positions."""
+    """Causal attention by PyTorch's fused kernel; the T queries are the last of S positions."""
     T, S = q.shape[2], k.shape[2]
     mask = None
     if 1 < T < S:

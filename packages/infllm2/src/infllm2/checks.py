@@ -15,21 +15,23 @@ def check_qk(q: Tensor, k: Tensor) -> None:
     for name, x in (("q", q), ("k", k)):
         if x.dim() != 4:
             raise ValueError(
-                f"{name} must have 4 dimensions [batch, heads, length, head size], got {tuple(x.shape)}"
+                f"{name} must have 4 dimensions [batch, heads, length, head size], got "
+                f"{tuple(x.shape)}"
             )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            f"q and k must agree in batch and head size, got q {tuple(q.shape)} and k {tuple(k.shape)}"
+            f"q and k must agree in batch and head size, got q {tuple(q.shape)} and "
+            f"k {tuple(k.shape)}"
         )
     if q.shape[3] == 0 or k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
-            "the number of query heads must be a positive multiple of the number of key-value heads and the head "
-            f"size positive, got q {tuple(q.shape)} and k {tuple(k.shape)}"
+            "the number of query heads must be a positive multiple of that of key-value heads, and "
+            f"the head size positive, got q {tuple(q.shape)} and k {tuple(k.shape)}"
         )
     if q.shape[2] > k.shape[2]:
         raise ValueError(
-            f"queries are the last of the key positions, so q must not be longer than k, got {q.shape[2]} "
-            f"queries and {k.shape[2]} keys: pass the cached keys too"
+            "queries are the last of the key positions, so q must not be longer than k, got "
+            f"{q.shape[2]} queries and {k.shape[2]} keys: pass the cached keys too"
         )
     check_same_kind("q", q, "k", k)
 
@@ -70,8 +72,9 @@ def check_blocks(q: Tensor, k: Tensor, blocks: Tensor, block_size: int) -> None:
     count = -(-k.shape[2] // block_size)
     if blocks.min() < -1 or blocks.max() >= count:
         raise ValueError(
-            f"blocks must lie in -1 … {count - 1} ({k.shape[2]} keys in blocks of {block_size}), got "
-            f"{int(blocks.min())} … {int(blocks.max())}: was block_size the same when they were selected?"
+            f"blocks must lie in -1 … {count - 1} ({k.shape[2]} keys in blocks of {block_size}), "
+            f"got {int(blocks.min())} … {int(blocks.max())}: was block_size the same when they "
+            "were selected?"
         )
     left, right = blocks[..., :-1], blocks[..., 1:]
     if not (((left < right) & (left >= 0)) | (right == -1)).all():

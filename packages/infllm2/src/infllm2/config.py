@@ -1,4 +1,4 @@
-"""What the algorithm is told: sizes of kernels and blocks, and how many blocks a token may visit."""
+"""What the algorithm is told: sizes of kernels and blocks, and how many blocks a token visits."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ COARSE_FACTOR = 4
 
 @dataclass(frozen=True)
 class InfLLMv2Config:
-    """Sizes of InfLLM v2, with the values MiniCPM4 was trained with (arXiv 2509.24663, section 4.1).
+    """Sizes of InfLLM v2, with the values MiniCPM4 was trained with (arXiv 2509.24663, section
+    4.1).
 
-    **Which blocks a token visits.** The token at position t lies in block b = t // block_size. It visits
+    **Which blocks a token visits.** The token at position t lies in block b = t // block_size. It
+    visits
 
-        {0 … init_blocks − 1}  ∪  {b − W + 1 … b}  ∪  the best-scored others,   W = window_size // block_size,
+        {0 … init_blocks − 1}  ∪  {b − W + 1 … b}  ∪  the best-scored others,   W = window_size //
+        block_size,
 
-    restricted to 0 … b, and `budget = topk + W` blocks in all (every block 0 … b while there are no more
-    than that). So the window is *not* part of `topk`, the initial blocks are, and the current, still
-    incomplete block is the last of the W window blocks: 64 + 32 = 96 blocks are 1 initial, 32 of the
-    window and 63 chosen ones, the paper's split. (The released kernels force one window block more and
-    choose one fewer: the window is then 33 blocks.)
+    restricted to 0 … b, and `budget = topk + W` blocks in all (every block 0 … b while there are no
+    more than that). So the window is *not* part of `topk`, the initial blocks are, and the current,
+    still incomplete block is the last of the W window blocks: 64 + 32 = 96 blocks are 1 initial, 32
+    of the window and 63 chosen ones, the paper's split. (The released kernels force one window
+    block more and choose one fewer: the window is then 33 blocks.)
 
     Args:
-        kernel_size: tokens averaged into one fine compressed key (l1); a multiple of `kernel_stride`.
+        kernel_size: tokens averaged into one fine compressed key (l1); a multiple of
+            `kernel_stride`.
         kernel_stride: tokens between two fine compressed keys (s1).
         block_size: tokens per block (B); a multiple of `kernel_stride`.
         init_blocks: blocks at the start of the sequence that every token visits; 0 … `topk`.
@@ -36,8 +40,9 @@ class InfLLMv2Config:
         use_nope: score with keys and queries before rotary embedding. Not available yet.
         lse: normalise scores by the log-sum-exp over the coarse kernels ("approx", a quarter of the
             work, section 3.3) or over the fine ones ("exact").
-        compat: `None` counts positions absolutely, so the blocks of a token do not depend on how its
-            prompt was chunked. "official", the released kernels' frontier, is not available yet.
+        compat: `None` counts positions absolutely, so the blocks of a token do not depend on how
+            its prompt was chunked. "official", the released kernels' frontier, is not available
+            yet.
 
     Raises:
         ValueError: a value is out of range, or asks for what is not available yet.
@@ -67,13 +72,13 @@ class InfLLMv2Config:
             value, step = getattr(self, name), getattr(self, divisor)
             if value % step:
                 raise ValueError(
-                    f"{name} must be a multiple of {divisor}, got {name}={value} with {divisor}={step}: "
-                    f"use {max(1, round(value / step)) * step}"
+                    f"{name} must be a multiple of {divisor}, got {name}={value} with "
+                    f"{divisor}={step}: use {max(1, round(value / step)) * step}"
                 )
         if self.init_blocks > self.topk:
             raise ValueError(
-                f"init_blocks must not exceed topk, which counts them, got init_blocks={self.init_blocks} "
-                f"with topk={self.topk}: raise topk"
+                f"init_blocks must not exceed topk, which counts them, got "
+                f"init_blocks={self.init_blocks} with topk={self.topk}: raise topk"
             )
         if self.lse not in ("approx", "exact"):
             raise ValueError(f'lse must be "approx" or "exact", got {self.lse!r}')
@@ -83,8 +88,8 @@ class InfLLMv2Config:
             raise ValueError(f"compat must be None, got {self.compat!r}")
         if self.use_nope is not False:
             raise ValueError(
-                f"use_nope must be False, got {self.use_nope!r}: scoring before rotary embedding is not "
-                "available yet"
+                f"use_nope must be False, got {self.use_nope!r}: scoring before rotary embedding "
+                "is not available yet"
             )
 
     @property
@@ -102,8 +107,8 @@ class InfLLMv2Config:
         """Read the `sparse_config` entry of a MiniCPM4 `config.json`.
 
         Args:
-            sparse_config: a mapping of this class's field names, or an object with a `sparse_config`
-                attribute (a transformers configuration).
+            sparse_config: a mapping of this class's field names, or an object with a
+                `sparse_config` attribute (a transformers configuration).
 
         Raises:
             ValueError: no such entry, an unknown field, or a value out of range.

@@ -1,7 +1,7 @@
 """Run any transformers decoder with InfLLM v2, and measure its attention.
 
-Works through transformers' attention and mask interfaces, so no model code is patched. Needs the `hf`
-extra (transformers ≥ 5).
+Works through transformers' attention and mask interfaces, so no model code is patched. Needs the
+`hf` extra (transformers ≥ 5).
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ def sparse(
     """Run a transformers decoder with InfLLM v2 inside the `with` block, and as before after it.
 
     Works in plain forward passes, `generate`, prefill in chunks (over `past_key_values`) and padded
-    batches: each row is attended to without its padding, so it gives what it would give alone. Outputs
+    batches: each row is attended to without its padding, so it gives what it would give alone.
+        Outputs
     at padding positions are 0.
 
     Args:
-        model: any decoder that uses transformers' attention interface (Llama, Qwen2, Qwen3, Mistral,
-            Phi-3, MiniCPM4 …), without sliding-window layers.
+        model: any decoder that uses transformers' attention interface (Llama, Qwen2, Qwen3,
+            Mistral, Phi-3, MiniCPM4 …), without sliding-window layers.
         config: sizes and budget. Sequences shorter than `config.dense_len` run dense.
         backend: see `select_blocks`.
         keep_blocks: keep the visited blocks of each layer's last prefill for `Trace.blocks`.
@@ -71,8 +72,8 @@ def sparse(
         A `Trace` of every attention call.
 
     Raises:
-        ValueError: the model cannot change its attention, or asks attention for what InfLLM v2 is not
-            (sliding windows, soft-capped logits, dropout, packed sequences, masks with holes).
+        ValueError: the model cannot change its attention, or asks attention for what InfLLM v2 is
+            not (sliding windows, soft-capped logits, dropout, packed sequences, masks with holes).
         ImportError: transformers is missing.
     """
     if not isinstance(config, InfLLMv2Config):
@@ -90,8 +91,8 @@ def traced_dense(model: PreTrainedModel, *, block_size: int = 64) -> Iterator[Tr
 
     Args:
         model: as for `sparse`.
-        block_size: unit of the block counts; every causal block counts as visited, padding included, for
-            that is what dense attention computes.
+        block_size: unit of the block counts; every causal block counts as visited, padding
+            included, for that is what dense attention computes.
 
     Yields:
         A `Trace` of every attention call.
@@ -139,8 +140,8 @@ def _model_configs(model: PreTrainedModel) -> list[Any]:
         )
     if not model._can_set_attn_implementation():
         raise ValueError(
-            f"{type(model).__name__} does not use transformers' attention interface, so its attention "
-            "cannot be exchanged: call infllmv2_attention from its own code"
+            f"{type(model).__name__} does not use transformers' attention interface, so its "
+            "attention cannot be exchanged: call infllmv2_attention from its own code"
         )
     inner = [m.config for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
     return list({id(c): c for c in inner}.values())

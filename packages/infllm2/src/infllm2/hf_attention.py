@@ -41,16 +41,19 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask handed to `sparse_forward`: bool [B, positions so far], True for tokens; None if all are.
+    """The mask handed to `sparse_forward`: bool [B, positions so far], True for tokens; None if all
+    are.
 
-    A cache of fixed size holds more keys than there are positions so far; the rest is cut off there.
+    A cache of fixed size holds more keys than there are positions so far; the rest is cut off
+    there.
     """
     from transformers.masking_utils import causal_mask_function
 
     if mask_function is not causal_mask_function or kv_offset:
         raise ValueError(
-            "infllm2 attention is plain causal: sliding-window layers, packed sequences and custom masks "
-            "are not supported; set config.sliding_window=None (Mistral, Phi-3) or pass an attention_mask"
+            "infllm2 attention is plain causal: sliding-window layers, packed sequences and custom "
+            "masks are not supported; set config.sliding_window=None (Mistral, Phi-3) or pass an "
+            "attention_mask"
         )
     length = int(q_offset) + q_length
     if attention_mask is None:
@@ -104,7 +107,7 @@ def _ragged(
     inside = (places >= starts[:, None]) & (places < (starts + lengths)[:, None])
     if not torch.equal(inside, mask):
         raise ValueError(
-            "attention_mask has holes: infllm2 supports padding at the left or the right of a row only"
+            "attention_mask has holes: infllm2 supports padding at the left or the right of a row"
         )
     rows: dict[tuple[int, int], list[int]] = {}
     for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
@@ -192,8 +195,8 @@ def _check_call(key: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[s
     window = kwargs.get("sliding_window")
     if window is not None and key.shape[2] > window:
         raise ValueError(
-            f"the layer has a sliding window of {window} tokens and {key.shape[2]} keys: infllm2 attention "
-            "does not support sliding-window layers"
+            f"the layer has a sliding window of {window} tokens and {key.shape[2]} keys: infllm2 "
+            "attention does not support sliding-window layers"
         )
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
@@ -204,6 +207,6 @@ def _check_call(key: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[s
         )
     if mask is not None and (mask.dim() != 2 or mask.dtype != torch.bool):
         raise ValueError(
-            f"infllm2 attention takes a padding mask [batch, length], got {mask.dtype} {tuple(mask.shape)}: "
-            "pass the 2D attention_mask, not a prepared 4D one"
+            f"infllm2 attention takes a padding mask [batch, length], got {mask.dtype} "
+            f"{tuple(mask.shape)}: pass the 2D attention_mask, not a prepared 4D one"
         )

@@ -1,10 +1,11 @@
 """InfLLM v2 in plain PyTorch: every stage of the paper as it is written down, for any shape.
 
-Slow and memory-hungry on purpose (scores of all queries against all kernels, attention by a dense mask);
-every other backend is tested against it. Sections are those of arXiv 2509.24663.
+Slow and memory-hungry on purpose (scores of all queries against all kernels, attention by a dense
+mask); every other backend is tested against it. Sections are those of arXiv 2509.24663.
 
 Letters: B batch, H query heads, K key-value heads, G = H / K heads per group, T queries, S keys,
-J kernels, N blocks, n visited blocks per query, D head size. The queries are the last T of S positions.
+J kernels, N blocks, n visited blocks per query, D head size. The queries are the last T of S
+positions.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from infllm2.config import COARSE_FACTOR, InfLLMv2Config
 
 
 def compress(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
-    """Average keys over overlapping kernels (section 3.1): out[j] = mean(k[j·stride : j·stride + size]).
+    """Average keys over overlapping kernels (section 3.1): out[j] = mean(k[j·stride : j·stride +
+    size]).
 
-    Only complete kernels count. k `[..., S, D]` → `[..., max(0, (S − size) // stride + 1), D]`, float32
-    (float64 stays float64).
+    Only complete kernels count. k `[..., S, D]` → `[..., max(0, (S − size) // stride + 1), D]`,
+    float32 (float64 stays float64).
     """
     k = k.to(working_dtype(k))
     if k.shape[-2] < kernel_size:
@@ -30,12 +32,13 @@ def compress(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
 
 
 def kernel_scores(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
-    """Relevance of each fine kernel to each query, summed over the heads of a group (section 3.2, 3.3).
+    """Relevance of each fine kernel to each query, summed over the heads of a group (section 3.2,
+    3.3).
 
-    S(t, j) = Σ_h exp(q_h·C1[j]/√D − lse_h(t)) over kernels that end at or before t. `lse` runs over the
-    coarse kernels ("approx") or the fine ones ("exact"). Where no coarse kernel is complete yet, the
-    approximation has no terms and the exact sum takes its place. Scores that are not numbers (keys with
-    NaN or ±inf) count as 0, infinite ones as the largest finite number.
+    S(t, j) = Σ_h exp(q_h·C1[j]/√D − lse_h(t)) over kernels that end at or before t. `lse` runs over
+    the coarse kernels ("approx") or the fine ones ("exact"). Where no coarse kernel is complete
+    yet, the approximation has no terms and the exact sum takes its place. Scores that are not
+    numbers (keys with NaN or ±inf) count as 0, infinite ones as the largest finite number.
 
     Returns:
         `[B, K, T, J]`, float32 or float64; 0 where the kernel is not complete at t.
@@ -46,7 +49,8 @@ def kernel_scores(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
         size, stride = COARSE_FACTOR * config.kernel_size, COARSE_FACTOR * config.kernel_stride
         coarse = _logits(q, k, size, stride).logsumexp(-1, keepdim=True)
         lse = torch.where(coarse == -math.inf, lse, coarse)
-    # A query that sees no kernel at all has lse = −inf, and exp(−inf + inf) is not a number: 0, as defined.
+    # A query that sees no kernel at all has lse = −inf, and exp(−inf + inf) is not a number: 0, as
+    # defined.
     scores = (fine - lse).exp().sum(2)
     return scores.nan_to_num(nan=0.0, posinf=torch.finfo(scores.dtype).max)
 
@@ -54,11 +58,12 @@ def kernel_scores(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
 def block_scores(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
     """Score of each block: the largest score of the kernels that touch it (section 3.2).
 
-    Block m holds tokens m·B … m·B + B − 1, touched by kernels m·r − (l/s − 1) … m·r + r − 1 with r = B/s.
+    Block m holds tokens m·B … m·B + B − 1, touched by kernels m·r − (l/s − 1) … m·r + r − 1 with r
+    = B/s.
 
     Returns:
-        `[B, K, T, N]`, N = ⌈S / block_size⌉: +inf for forced blocks (initial, window), −inf for blocks
-        after the query's own.
+        `[B, K, T, N]`, N = ⌈S / block_size⌉: +inf for forced blocks (initial, window), −inf for
+        blocks after the query's own.
     """
     scores = kernel_scores(q, k, config)
     T, S = q.shape[2], k.shape[2]
@@ -117,8 +122,8 @@ def block_sparse_attention(
     """Softmax attention over the visited blocks (section 3.2), by masking dense scores.
 
     Returns:
-        The output `[B, H, T, D]` in q's dtype, and the log-sum-exp `[B, H, T]` in the working dtype. A
-        query without any visible key gets 0 and −inf.
+        The output `[B, H, T, D]` in q's dtype, and the log-sum-exp `[B, H, T]` in the working
+        dtype. A query without any visible key gets 0 and −inf.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
@@ -144,7 +149,7 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 def _logits(q: Tensor, k: Tensor, size: int, stride: int) -> Tensor:
-    """Scaled products of queries and compressed keys, −inf for incomplete kernels: [B, K, G, T, J]."""
+    """Scaled query·kernel products, −inf for incomplete kernels: [B, K, G, T, J]."""
     K, T, S = k.shape[1], q.shape[2], k.shape[2]
     kernels = compress(k, size, stride)
     groups = q.to(kernels.dtype).unflatten(1, (K, -1))

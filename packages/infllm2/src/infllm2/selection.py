@@ -14,21 +14,22 @@ from infllm2.config import InfLLMv2Config
 def select_blocks(q: Tensor, k: Tensor, config: InfLLMv2Config, *, backend: str = "auto") -> Tensor:
     """Choose the key blocks that each query visits: initial, window, and the best-scored others.
 
-    One set per query and key-value head, shared by the heads of the group. Positions are absolute, so a
-    query's set does not depend on how its prompt was cut into chunks (beyond rounding: scores are
-    computed in float32, float64 for float64 inputs, and two blocks that tie to the last bit or two may
-    swap between chunkings). No gradient flows through the choice.
+    One set per query and key-value head, shared by the heads of the group. Positions are absolute,
+    so a query's set does not depend on how its prompt was cut into chunks (beyond rounding: scores
+    are computed in float32, float64 for float64 inputs, and two blocks that tie to the last bit or
+    two may swap between chunkings). No gradient flows through the choice.
 
     Args:
-        q: queries `[B, Hq, T, D]`, the last T of S positions; float32, bfloat16, float16 or float64.
+        q: queries `[B, Hq, T, D]`, the last T of S positions; float32, bfloat16, float16 or
+            float64.
         k: keys `[B, Hkv, S, D]`, rotary embedding applied, same dtype.
         config: sizes and budget; `InfLLMv2Config` states the exact definition of the set.
         backend: "auto", "torch" or "reference".
 
     Returns:
-        int32 `[B, Hkv, T, config.budget]`: block indices ascending, then −1. Ties go to the lower index.
-        Keys that are not finite make the scores they touch the lowest (NaN) or highest (inf); the set
-        stays valid, and initial and window blocks are always in it.
+        int32 `[B, Hkv, T, config.budget]`: block indices ascending, then −1. Ties go to the lower
+        index. Keys that are not finite make the scores they touch the lowest (NaN) or highest
+        (inf); the set stays valid, and initial and window blocks are always in it.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or the backend cannot run.

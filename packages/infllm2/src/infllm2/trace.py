@@ -18,7 +18,8 @@ class Call:
         layer: index of the decoder layer.
         queries: query positions computed, summed over the batch (padding left out).
         keys: keys the last query could see, the longest row of the batch.
-        seconds: wall-clock time in attention: selection and attention, no projections, no bookkeeping.
+        seconds: wall-clock time in attention: selection and attention, no projections, no
+            bookkeeping.
         visited: visited blocks, summed over queries and key-value heads.
         causal: the same if every block up to the query's own were visited.
         prefill: more than one query per row.
@@ -70,7 +71,7 @@ class Trace:
         return sum(call.visited for call in self.calls) / causal if causal else 1.0
 
     def summary(self) -> dict[str, float]:
-        """Totals: calls, queries (of one layer), seconds, visited and causal blocks, and their share."""
+        """Totals: calls, queries (of one layer), seconds, visited and causal blocks and share."""
         first = min((call.layer for call in self.calls), default=0)
         return {
             "calls": len(self.calls),

@@ -1,8 +1,8 @@
 """The backends, what each can run, and how one is chosen.
 
-A backend is a module-like object with `select` and `attend`, and `is_supported(inputs)`, which answers
-with a reason. `backend="auto"` takes the first of `ORDER` that can run and logs its choice once; a backend
-asked for by name runs or raises.
+A backend is a module-like object with `select` and `attend`, and `is_supported(inputs)`, which
+answers with a reason. `backend="auto"` takes the first of `ORDER` that can run and logs its choice
+once; a backend asked for by name runs or raises.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Backend(Protocol):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, block_size: int, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Output `[B, H, T, D]` and log-sum-exp `[B, H, T]`; see `infllm2.block_sparse_attention`."""
+        """Output `[B, H, T, D]` and log-sum-exp `[B, H, T]`; see `block_sparse_attention`."""
         ...
 
 

@@ -3,9 +3,11 @@
 Attention has three parts, each where it is fastest (Letters as in `infllm2.reference`, M = B·K):
 
 - a few queries (decode): gather the visited blocks of each query (`torch_gather`);
-- many queries, the blocks next to them: all queries of a block share them, so they are read as strided
+- many queries, the blocks next to them: all queries of a block share them, so they are read as
+strided
   views and go through PyTorch's fused attention in one batch (`torch_local`);
-- many queries, scattered blocks: block by block, all queries that visit it at once (`torch_scatter`), so
+- many queries, scattered blocks: block by block, all queries that visit it at once
+(`torch_scatter`), so
   exactly the chosen pairs are computed, never the union over a tile of queries.
 """
 
@@ -29,7 +31,8 @@ from infllm2.reference import working_dtype
 
 # Up to so many queries, gathering each one's blocks beats going through the blocks one by one.
 GATHER_QUERIES = 8
-# Queries handled at once: bounds the lists of (query, block) pairs, whatever the length of the prompt.
+# Queries handled at once: bounds the lists of (query, block) pairs, whatever the length of the
+# prompt.
 STRIP = 8192
 
 

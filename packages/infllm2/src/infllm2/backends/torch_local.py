@@ -1,8 +1,8 @@
 """Attention to the blocks that all queries of a block share: those just before them, and their own.
 
-Queries of one block with a common window of W blocks form a dense problem [G·B × W·B]; over all query
-blocks these are strided views of the keys, so PyTorch's fused attention takes them in one batch without a
-copy. Queries at the start, which visit every block, are plain causal attention.
+Queries of one block with a common window of W blocks form a dense problem [G·B × W·B]; over all
+query blocks these are strided views of the keys, so PyTorch's fused attention takes them in one
+batch without a copy. Queries at the start, which visit every block, are plain causal attention.
 
 Letters as in `infllm2.reference`; M = B·K, R = queries of a run.
 """
@@ -20,8 +20,8 @@ def shared_blocks(blocks_MTn: Tensor, start: int, block_size: int) -> tuple[int,
 
     Returns:
         `dense`: leading queries of the strip that visit all blocks up to their own;
-        `window`: blocks, own one included, that every query after those visits (0: not even its own).
-        A window longer than a query's past counts as its whole past.
+        `window`: blocks, own one included, that every query after those visits (0: not even its
+        own). A window longer than a query's past counts as its whole past.
     """
     M, T, n = blocks_MTn.shape
     if n == 0:
@@ -56,15 +56,15 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention to the shared blocks: output [M, T, G, D] and log-sum-exp [M, T, G].
 
-    Queries (already scaled) sit at positions start …; the first `dense` see their whole past, the others
-    their last `window` blocks. With `window` 0 those get output 0 and log-sum-exp −inf.
+    Queries (already scaled) sit at positions start …; the first `dense` see their whole past, the
+    others their last `window` blocks. With `window` 0 those get output 0 and log-sum-exp −inf.
     """
     M, T, G, D = q_MTGD.shape
     out = torch.zeros_like(q_MTGD)
     lse = q_MTGD.new_full((M, T, G), -math.inf)
 
     def run(first: int, last: int, low: int) -> None:
-        """Queries first … last − 1 of the strip against keys from `low` to the last one's position."""
+        """Queries first … last − 1 of the strip, causal, against the keys from `low` on."""
         keys = slice(low, start + last)
         o, m = _causal(q_MTGD[:, first:last], k_MSD[:, keys], v_MSD[:, keys])
         out[:, first:last], lse[:, first:last] = o, m
@@ -129,7 +129,7 @@ def _causal(q_MRGD: Tensor, k_MLD: Tensor, v_MLD: Tensor) -> tuple[Tensor, Tenso
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention of scaled queries with its log-sum-exp, which PyTorch's public function keeps back."""
+    """Attention of scaled queries with its log-sum-exp, which PyTorch's public call keeps back."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=1.0

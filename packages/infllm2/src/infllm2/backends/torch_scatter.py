@@ -1,10 +1,11 @@
 """Attention to scattered blocks, block by block: every query that visits a block meets it at once.
 
-Walking through blocks instead of queries makes large matrix products out of scattered choices and computes
-exactly the chosen (query, block) pairs; a tile of queries would have to compute the union of its queries'
-choices, about twice as many on real text.
+Walking through blocks instead of queries makes large matrix products out of scattered choices and
+computes exactly the chosen (query, block) pairs; a tile of queries would have to compute the union
+of its queries' choices, about twice as many on real text.
 
-Letters as in `infllm2.reference`; M = B·K, R = queries that visit one block, B block size inside shapes.
+Letters as in `infllm2.reference`; M = B·K, R = queries that visit one block, B block size inside
+shapes.
 """
 
 from __future__ import annotations
@@ -88,8 +89,9 @@ def _accumulate(
 ) -> tuple[Tensor, Tensor] | None:
     """Weights relative to the local part's log-sum-exp, which needs no running maximum.
 
-    Its sum is 1 by construction, so nothing underflows to 0/0; `None` where the scattered part outweighs
-    it so far (or is not finite) that the sums are not to be trusted, or where there is no local part.
+    Its sum is 1 by construction, so nothing underflows to 0/0; `None` where the scattered part
+    outweighs it so far (or is not finite) that the sums are not to be trusted, or where there is no
+    local part.
     """
     if (lse_TG == -math.inf).any():
         return None

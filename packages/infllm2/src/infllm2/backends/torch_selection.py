@@ -1,8 +1,10 @@
 """Block selection by tiles of queries: scores of one tile at a time, never of all queries at once.
 
-A tile lies within one block, so its queries share their own block, their window and their candidates, and
-nothing is masked but the last few kernels. Scores are kept with kernels along rows and queries along
-columns: adding heads and taking the maximum over the kernels of a block then run over contiguous memory.
+A tile lies within one block, so its queries share their own block, their window and their
+candidates, and nothing is masked but the last few kernels. Scores are kept with kernels along rows
+and queries along
+columns: adding heads and taking the maximum over the kernels of a block then run over contiguous
+    memory.
 Kernels inside the window are never scored: their blocks are visited anyway.
 
 Letters as in `infllm2.reference`; M = B·K, R = queries of a tile.
@@ -33,7 +35,8 @@ def select(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
     if out.numel() == 0:
         return out.view(B, K, T, config.budget)
     q_MGTD = (q.to(dtype) / math.sqrt(D)).reshape(B * K, H // K, T, D)
-    # While every block fits into the budget there is nothing to score, and often no key to compress.
+    # While every block fits into the budget there is nothing to score, and often no key to
+    # compress.
     scored_from = max(S - T, config.budget * config.block_size)
     fine, coarse = _compress(k.to(dtype).reshape(B * K, S, D), config, needed=scored_from < S)
 

@@ -1,0 +1,167 @@
+"""The `infllm2` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from infllm2 import _cli
+
+app = typer.Typer(
+    help="InfLLM v2: trainable block-sparse attention (arXiv 2509.24663).",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+Kernel = Annotated[int, typer.Option(help="Tokens averaged into one compressed key.")]
+Stride = Annotated[int, typer.Option(help="Tokens between two compressed keys.")]
+Block = Annotated[int, typer.Option(help="Tokens per block.")]
+Init = Annotated[int, typer.Option(help="Blocks at the start that every token visits.")]
+Window = Annotated[int, typer.Option(help="Local window in tokens, visited by every token.")]
+TopK = Annotated[int, typer.Option(help="Blocks besides the window, the initial ones included.")]
+Lse = Annotated[str, typer.Option(help='Normaliser of the scores: "approx" or "exact".')]
+
+
+@app.command()
+def selfcheck() -> None:
+    """Which backends run on this machine, and how far each is from the reference.
+
+    Every backend selects blocks and attends on random tensors, in prefill and decode; the table
+    shows whether its sets are the reference's and its largest error. Exit code 1 if one is wrong.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from infllm2.selfcheck import check_backends
+
+    table = Table(
+        "backend", "dtype", "available", "same blocks", "max error", "tolerance", "result"
+    )
+    results = check_backends()
+    for r in results:
+        if not r.available:
+            table.add_row(r.backend, r.dtype, "no: " + r.reason, "", "", "", "skipped")
+            continue
+        verdict = "ok" if r.ok else "WRONG"
+        same = "yes" if r.same_blocks else "no"
+        table.add_row(
+            r.backend, r.dtype, "yes", same, f"{r.error:.1e}", f"{r.tolerance:.0e}", verdict
+        )
+    Console().print(table)
+    if not all(r.ok for r in results if r.available):
+        raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 131072,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = 2,
+    head_dim: Annotated[int, typer.Option(help="Size of one head.")] = 128,
+    bytes_per_value: Annotated[int, typer.Option(help="Bytes of one cached number.")] = 2,
+    kernel_size: Kernel = 32,
+    kernel_stride: Stride = 16,
+    block_size: Block = 64,
+    init_blocks: Init = 1,
+    window_size: Window = 2048,
+    topk: TopK = 64,
+    lse: Lse = "approx",
+) -> None:
+    """Operations, bytes and memory of one attention layer, dense and sparse, and the speed-up they
+    allow.
+
+    The speed-ups are bounds: they suppose kernels equally good on both sides. The default is
+    MiniCPM4-8B at 128K tokens.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from infllm2.backends.torch_selection import TILE_BYTES
+    from infllm2.config import InfLLMv2Config
+    from infllm2.costs import costs
+
+    config = InfLLMv2Config(
+        kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
+        block_size=block_size,
+        init_blocks=init_blocks,
+        window_size=window_size,
+        topk=topk,
+        lse=lse,  # type: ignore[arg-type]  # checked by the configuration itself
+    )
+    c = costs(tokens, heads, kv_heads, head_dim, config, bytes_per_value=bytes_per_value)
+    console = Console()
+    console.print(
+        f"{tokens:,} tokens, {heads}/{kv_heads} heads of {head_dim}; up to {config.budget} blocks "
+        f"of {block_size} visited per token: {init_blocks} initial, {config.window_blocks} of the "
+        f"window, {topk - init_blocks} chosen. One layer, one sequence.",
+        highlight=False,
+    )
+    table = Table("", "dense", "sparse: attention", "selection", "dense / sparse")
+    giga = [f"{x / 1e9:,.3g} GFLOP" for x in (c.dense_flops, c.sparse_flops, c.score_flops)]
+    table.add_row("prefill, operations", *giga, f"{c.prefill_speedup:.2f}×")
+    mega = (c.dense_decode_bytes, c.sparse_decode_bytes, c.score_decode_bytes)
+    table.add_row(
+        "decode, bytes read", *(f"{x / 1e6:,.3g} MB" for x in mega), f"{c.decode_speedup:.2f}×"
+    )
+    console.print(table)
+    console.print(
+        f"Memory: cache {c.cache_bytes / 1e6:,.4g} MB, compressed keys "
+        f"{c.compressed_bytes / 1e6:,.3g} MB ({c.compressed_bytes / c.cache_bytes:.1%}); scores of "
+        f"all queries at once would be {c.score_matrix_bytes / 1e6:,.4g} MB, a tile of the torch "
+        f"backend's holds up to {TILE_BYTES / 1e6:.0f} MB.",
+        highlight=False,
+    )
+
+
+@app.command()
+def visualize(
+    model: Annotated[Path, typer.Argument(help="Folder of a transformers decoder.")],
+    prompt_file: Annotated[Path, typer.Option(help="Text whose tokens are the prompt.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write.")],
+    layer: Annotated[int, typer.Option(help="Layer to draw; −1 is the last.")] = -1,
+    max_tokens: Annotated[int, typer.Option(help="Cut the prompt after so many tokens.")] = 8192,
+    kernel_size: Kernel = 32,
+    kernel_stride: Stride = 16,
+    block_size: Block = 64,
+    init_blocks: Init = 1,
+    window_size: Window = 512,
+    topk: TopK = 16,
+    lse: Lse = "approx",
+) -> None:
+    """Draw which blocks the tokens of a real prompt visit in one layer of a model.
+
+    The window and top-k defaults are smaller than those MiniCPM4 was trained with, so that prompts
+    of a few thousand tokens show a choice.
+    """
+    from rich.console import Console
+
+    from infllm2.config import InfLLMv2Config
+    from infllm2.visualise import draw_prompt
+
+    config = InfLLMv2Config(
+        kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
+        block_size=block_size,
+        init_blocks=init_blocks,
+        window_size=window_size,
+        topk=topk,
+        dense_len=-1,
+        lse=lse,  # type: ignore[arg-type]  # checked by the configuration itself
+    )
+    console = Console(stderr=True)
+    with console.status("reading the model and the prompt …"):
+        summary = draw_prompt(
+            model, prompt_file, output, config, layer=layer, max_tokens=max_tokens
+        )
+    print(
+        f"{output}: layer {summary['layer']}, {summary['tokens']} tokens, "
+        f"{summary['visited_share']:.1%} of the causal blocks visited"
+    )
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    _cli.run(app)
