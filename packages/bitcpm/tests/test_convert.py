@@ -6,21 +6,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitcpm import TernaryConfig, inspect_checkpoint, load_packed_model, pack_model
+from bitcpm import (
+    TernaryConfig,
+    inspect_checkpoint,
+    load_packed_model,
+    pack_model,
+    quantise_model,
+    unpack_model,
+)
 from bitcpm import quantise as quantise_matrix
-from bitcpm import quantise_model, unpack_model
 from bitcpm.checkpoint import Checkpoint, write_shards
 
 
 @pytest.mark.parametrize("codec", ("1.6bit", "2bit"))
 def test_pack_and_unpack_restore_the_file(ternary_folder, tmp_path, codec):
     calls = []
+    (ternary_folder / "optimizer.pt").write_bytes(b"pickle")
+    (ternary_folder / "manifest.json").write_text("{}")
     report = pack_model(
         ternary_folder, tmp_path / "packed", codec=codec, progress=lambda *a: calls.append(a)
     )
     assert report.group_size == 32 and len(report.tensors) == 14
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(report.kept)
-    assert calls[-1] == (21 - 0, 21)
+    assert calls[-1] == (21, 21)
     assert report.bytes_after == (tmp_path / "packed" / "model.safetensors").stat().st_size
     assert report.bytes_after < 0.6 * report.bytes_before
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
@@ -31,7 +39,7 @@ def test_pack_and_unpack_restore_the_file(ternary_folder, tmp_path, codec):
         "codec": codec,
     }
     unpack_model(tmp_path / "packed", tmp_path / "back")
-    names = {file.name for file in ternary_folder.iterdir()}
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     assert {file.name for file in (tmp_path / "back").iterdir()} == names
     before, after = (
         load_file(folder / "model.safetensors") for folder in (ternary_folder, tmp_path / "back")
@@ -211,3 +219,12 @@ def test_quantise_model_measures_its_error(tiny, tmp_path):
     with pytest.raises(ValueError, match="is ternary already"):
         quantise_model(tmp_path / "out", tmp_path / "again", config)
     assert not (tmp_path / "again").exists()
+
+
+def test_quantise_model_keeps_what_is_in_no_layer(tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    config = TernaryConfig(skip=("layers.0",))
+    report = quantise_model(tmp_path / "dense", tmp_path / "out", config)
+    assert len(report.tensors) == 7 and all("layers.1." in name for name in report.tensors)
+    with pytest.raises(ValueError, match="no decoder matrix outside skip"):
+        quantise_model(tmp_path / "dense", tmp_path / "out", TernaryConfig(skip=("layers",)))

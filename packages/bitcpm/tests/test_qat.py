@@ -118,6 +118,17 @@ def test_tied_weights_are_left_alone(where, tiny):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_a_head_of_any_name_is_kept():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50, **sizes))
+    head = model.get_output_embeddings()
+    ternarize(model, TernaryConfig(skip=()))
+    assert type(head) is nn.Linear and model.get_output_embeddings() is head
+    assert len(list(ternary_layers(model))) == 4
+
+
 def test_works_under_autocast_and_gradient_checkpointing(tiny):
     x = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(0))
     grads = []

@@ -18,6 +18,22 @@ from torch import Tensor
 # safetensors' names of the dtypes that can hold ternary weights.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+# What belongs to a model besides weights and config.json. Other files (a manifest, the state of an
+# optimiser) describe the source folder and would be wrong in a copy.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "generation_config.json",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
 INDEX = "model.safetensors.index.json"
 
 
@@ -104,12 +120,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what lies beside the weights (tokenizer, templates, licence), except config.json."""
+    """Copy the tokenizer, the model's own code and its licence, by their usual names."""
     if not source.is_dir():
         return
     for file in sorted(source.iterdir()):
-        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name != "config.json" and file.name[0] != ".":
+        if file.is_file() and any(file.match(pattern) for pattern in COMPANIONS):
             # By content: a Hugging Face cache holds links.
             shutil.copyfile(file, target / file.name)
 
