@@ -144,6 +144,10 @@ def from_config(config: Fields, *, extra_eos: tuple[int, ...] = ()) -> ModelSpec
     max_context = config.integer("max_position_embeddings")
     scales = {}
     if architecture.startswith("minicpm"):
+        # Wrong by a factor of twelve is still fluent: a missing scale is an error, null means none.
+        for name in ("scale_emb", "scale_depth", "dim_model_base"):
+            if name not in config.values:
+                raise config.error(name, "is missing (null turns this scaling off)")
         base = config.number("dim_model_base", None)
         scales = {
             "embed_scale": config.number("scale_emb", 1.0),
@@ -182,6 +186,7 @@ def _rope(config: Fields, head_dim: int, max_context: int) -> Rope:
         return Rope(theta=theta)
     theta = scaling.number("rope_theta", theta)
     kind = scaling.text("rope_type", scaling.text("type", "default"))
+    kind = {"su": "longrope"}.get(kind, kind)  # its first name
     if kind not in KINDS:
         raise scaling.error("rope_type", f"is '{kind}', supported are {', '.join(KINDS)}")
     if scaling.number("partial_rotary_factor", 1.0) != 1.0:
