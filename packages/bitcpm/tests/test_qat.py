@@ -129,6 +129,7 @@ def test_a_head_of_any_name_is_kept():
     assert len(list(ternary_layers(model))) == 4
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 def test_works_under_autocast_and_gradient_checkpointing(tiny):
     x = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(0))
     grads = []
@@ -144,6 +145,20 @@ def test_works_under_autocast_and_gradient_checkpointing(tiny):
         weight = model.model.layers[0].mlp.up_proj.weight
         assert weight.grad.count_nonzero() > 0.9 * weight.numel()
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_layer_compiles_in_one_graph():
+    layer = TernaryLinear(80, 6, config=CONFIG)
+    x = torch.randn(3, 80)
+    # "aot_eager" traces forward and backward and needs no C++ compiler.
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    grads = []
+    for f in (compiled, layer):
+        layer.zero_grad()
+        f(x).square().sum().backward()
+        grads.append(layer.weight.grad.clone())
+    torch.testing.assert_close(*grads)
 
 
 def test_stats_count_zeros_flips_and_drift():

@@ -9,7 +9,7 @@ file's `__metadata__` has `format` = "bitcpm" and, under `bitcpm`, a JSON object
                      {"shape": [1024, 256], "dtype": "BF16", "group_size": 128, "codec": "1.6bit"}}}
 
 A packed file may come from anyone. All sizes are checked against the file's own header before a
-tensor is read, so that nothing bigger than 20 bytes for each stored byte is ever allocated.
+tensor is read, so that the weights made of it are at most 20 bytes for each stored byte.
 """
 
 from __future__ import annotations

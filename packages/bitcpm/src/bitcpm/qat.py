@@ -28,20 +28,19 @@ def fake_quantise(w: Tensor, config: TernaryConfig) -> Tensor:
 
     No gradient flows; NaN and infinity are kept, so that a diverged run shows.
     """
-    q = torch.empty_like(w, memory_format=torch.contiguous_format)
-    parts = zip(split_groups(w, config.group_size), split_groups(q, config.group_size), strict=True)
-    for w_Ong, q_Ong in parts:
+    quantised = []
+    for w_Ong in split_groups(w, config.group_size):
         s_On1 = scale_of(w_Ong, config)
         if config.grid == "ternary":
             # In place and in the weights' dtype. That is exact: the quotient crosses 1/2 only where
             # the weight crosses s/2, whatever the precision it is rounded to. Adding zero turns
             # -0.0 into 0.0, so that a group has three values, not four.
-            torch.div(w_Ong, s_On1, out=q_Ong)
-            q_Ong.round_().clamp_(-1, 1).mul_(s_On1).add_(0.0)
+            q_Ong = (w_Ong / s_On1).round_().clamp_(-1, 1).mul_(s_On1).add_(0.0)
         else:
             s = s_On1.float()
-            q_Ong.copy_(level_of(w_Ong.float() / s, config.grid) * s + 0.0)
-    return q
+            q_Ong = (level_of(w_Ong.float() / s, config.grid) * s + 0.0).to(w.dtype)
+        quantised.append(q_Ong.flatten(1))
+    return quantised[0] if len(quantised) == 1 else torch.cat(quantised, 1)
 
 
 class _StraightThrough(torch.autograd.Function):
