@@ -1,0 +1,124 @@
+"""Making text into the words a classifier was trained on.
+
+A fastText model knows only the words its training text was cut into: scoring text that was
+normalised another way gives numbers that mean nothing. So the name is stored with each model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+# Control characters that fastText would take for the end of a word or of the line.
+_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_MANY_NEWLINES = re.compile(r"\n{3,}")
+_SPACES = re.compile(r" +")
+_CJK = re.compile(r"([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
+
+
+def _fold(text: str) -> str:
+    """Steps 1–3 of Ultra-FineWeb: at most two newlines, lower case, no combining marks."""
+    text = unicodedata.normalize("NFKD", _MANY_NEWLINES.sub("\n\n", text).lower())
+    if text.isascii():  # most English text: nothing to strip
+        return text
+    return "".join(c for c in text if unicodedata.category(c) != "Mn")
+
+
+def _escape(text: str) -> str:
+    """Steps 5–6: control characters spelled out, one space between words."""
+    for character, spelled in _ESCAPES.items():
+        text = text.replace(character, spelled)
+    return _SPACES.sub(" ", text).strip()
+
+
+def _words(text: str) -> str:
+    """Ultra-FineWeb's steps without its BPE: newlines become words of their own."""
+    return _escape(_fold(text).replace("\n", " \n ").replace("\t", " "))
+
+
+def _whitespace(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _dclm(text: str) -> str:
+    """DCLM joins lines by a space and changes nothing else."""
+    return " ".join(text.splitlines()).strip()
+
+
+def _zh_char(text: str) -> str:
+    return " ".join(_CJK.sub(r" \1 ", _fold(text)).split())
+
+
+_PLAIN: dict[str, Callable[[str], str]] = {
+    "ultrafine-words": _words,
+    "whitespace": _whitespace,
+    "dclm": _dclm,
+    "zh-char": _zh_char,
+}
+
+
+class Normaliser:
+    """A named way to make text into words separated by spaces.
+
+    - `ultrafine`: Ultra-FineWeb's own (arXiv 2505.05427, `infer_folder.py`): at most two newlines,
+      lower case, NFKD without combining marks, BPE pieces each decoded alone and joined
+      by a space, control characters spelled out. Needs `tokenizer`, a `tokenizer.json`; the
+      released models use DeepSeek-V2's.
+    - `ultrafine-words`: the same without the BPE; needs no file. The default here.
+    - `whitespace`: words as they stand. `dclm`: lines joined by a space.
+    - `zh-char`: folded, and each Chinese character a word.
+
+    `ultrafine` and `ultrafine-words` strip combining marks, which damages Indic scripts and
+    Japanese: they are made for English and Chinese.
+
+    Raises:
+        ValueError: unknown name, or a tokenizer missing or not wanted.
+        FileNotFoundError: the tokenizer's file does not exist.
+    """
+
+    def __init__(self, name: str, tokenizer: str | Path | None = None) -> None:
+        self.name = name
+        self.tokenizer_hash: str | None = None
+        if name == "ultrafine":
+            if tokenizer is None:
+                raise ValueError(
+                    "normaliser 'ultrafine' needs tokenizer=PATH of a tokenizer.json; without one "
+                    "use 'ultrafine-words'"
+                )
+            self._apply = self._bpe(Path(tokenizer))
+        elif name in _PLAIN:
+            if tokenizer is not None:
+                raise ValueError(f"normaliser {name!r} takes no tokenizer: leave it out")
+            self._apply = _PLAIN[name]
+        else:
+            known = ", ".join(["ultrafine", *_PLAIN])
+            raise ValueError(f"unknown normaliser {name!r}: expected one of {known}")
+
+    def _bpe(self, path: Path) -> Callable[[str], str]:
+        if not path.is_file():
+            raise FileNotFoundError(f"tokenizer {path} does not exist: give a tokenizer.json")
+        from tokenizers import Tokenizer
+
+        data = path.read_bytes()
+        self.tokenizer_hash = hashlib.sha256(data).hexdigest()
+        try:
+            tokenizer = Tokenizer.from_buffer(data)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
+
+        def apply(text: str) -> str:
+            ids = tokenizer.encode(_fold(text), add_special_tokens=False).ids
+            pieces = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+            return _escape(" ".join(pieces))
+
+        return apply
+
+    def __call__(self, text: str) -> str:
+        """The words of `text`, separated by single spaces where the normaliser says so.
+
+        Lone surrogates, which UTF-8 cannot hold, become U+FFFD.
+        """
+        return self._apply(text.encode("utf-8", "replace").decode("utf-8"))
