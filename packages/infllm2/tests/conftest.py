@@ -25,7 +25,7 @@ def small() -> InfLLMv2Config:
 
 @pytest.fixture
 def randn() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Random (q, k, v) of B rows, K key-value heads, G heads per group, T queries of S positions."""
+    """Random (q, k, v): B rows, K key-value heads, G heads per group, T queries of S positions."""
 
     def make(
         S: int, T: int | None = None, B: int = 1, K: int = 2, G: int = 3, D: int = 16, dtype=None

@@ -128,8 +128,8 @@ def _forward_strip(
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries start … start + T − 1: local blocks fused, the rest scattered."""
     dense, window = torch_local.shared_blocks(blocks_MTn, start, block_size)
-    # Fused attention masks by adding −inf, which turns a NaN key that a query may not see into a NaN
-    # result. With such a key in sight (its sum shows it) every block takes the careful path.
+    # Fused attention masks by adding −inf, which turns a NaN key that a query may not see into a
+    # NaN result. With such a key in sight (its sum shows it) every block takes the careful path.
     if not bool(k_MSD.sum().isfinite()):
         dense, window = 0, 0
     out, lse = torch_local.attend(q_MTGD, k_MSD, v_MSD, start, block_size, dense, window)

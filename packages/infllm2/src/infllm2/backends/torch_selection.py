@@ -184,7 +184,9 @@ def _pool(scores_MJR: Tensor, candidates: int, per_block: int, overlap: int) -> 
     for back in range(1, overlap + 1):
         # Kernel m·per_block − back starts before block m and reaches into it.
         skip = -(-back // per_block)
-        earlier = scores_MJR[:, skip * per_block - back :: per_block][:, : candidates - skip]
+        earlier = scores_MJR[:, skip * per_block - back :: per_block][
+            :, : max(0, candidates - skip)
+        ]
         torch.maximum(pooled[:, skip:], earlier, out=pooled[:, skip:])
     return pooled
 
