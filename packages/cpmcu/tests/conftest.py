@@ -4,10 +4,13 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import testbed  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from gguf import GGMLQuantizationType, GGUFWriter  # noqa: E402
+from gguf.quants import quantize  # noqa: E402
 
 from cpmcu import Engine  # noqa: E402
 
@@ -83,3 +86,73 @@ def tiny_folder(tmp_path_factory):
         return made[key]
 
     return make
+
+
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+TOP = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+
+
+def interleave(rows, heads):
+    """llama.cpp's order: rotated pairs side by side. Axis 0 is heads * [2, D / 2]."""
+    shaped = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return shaped.swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_gguf(model, path, arch, *, kind=GGMLQuantizationType.F32, factors=None, **extra):
+    """Write a transformers model as llama.cpp's converter would."""
+    config, writer = model.config, GGUFWriter(path, arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(model.model.layers[0].self_attn.head_dim)
+    writer.add_value_length(model.model.layers[0].self_attn.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    for key, value in extra.items():
+        writer.add_key_value(f"{arch}.{key}", *value)
+    for name, values in (factors or {}).items():
+        writer.add_tensor(name, np.asarray(values, np.float32))
+    state = model.state_dict()
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    for name, tensor in state.items():
+        stem, _, suffix = name.removeprefix("model.").rpartition(".")
+        values = tensor.numpy()
+        if stem.startswith("layers."):
+            _, number, part = stem.split(".", 2)
+            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+            if arch in ("llama", "minicpm") and (h := heads.get(part.rpartition(".")[2])):
+                values = interleave(values, h)
+            target = f"blk.{number}.{NAMES[part]}.{suffix}"
+        else:
+            target = f"{TOP[stem]}.{suffix}"
+        if values.ndim == 2 and kind != GGMLQuantizationType.F32:
+            writer.add_tensor(target, quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(target, np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def to_gguf():
+    """write_gguf, for test modules: they cannot import this one."""
+    return write_gguf

@@ -95,7 +95,7 @@ class Engine:
                     f"{name}={value!r} is not implemented yet, use {' or '.join(map(repr, known))}"
                 )
         source = Source(path)
-        spec, compute = source.spec, plan.resolve_dtype(dtype, source)
+        spec, compute = source.spec, plan.resolve_dtype(dtype)
         if memory_limit is not None:
             max_context = plan.fit_context(spec, compute, max_context, memory_limit)
         max_context = plan.check_context(max_context, spec)

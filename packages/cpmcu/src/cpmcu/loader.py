@@ -48,15 +48,6 @@ class Source:
         """Bytes of the weight files."""
         return sum(file.stat().st_size for file in self.files)
 
-    def native_dtype(self) -> torch.dtype:
-        """The dtype that loses nothing of what is stored: bf16 for bf16 files, else fp32."""
-        if self.gguf is not None:
-            kinds = {info.kind.name for info in self.gguf.tensors.values() if len(info.shape) > 1}
-        else:
-            with _opened(self.files[0]) as tensors:
-                kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
-        return torch.bfloat16 if kinds == {"BF16"} else torch.float32
-
     def load(self, dtype: torch.dtype, progress: Progress | None = None) -> Weights:
         """All weights in `dtype`. `progress(done, total)` is called per tensor."""
         if self.gguf is not None:

@@ -48,7 +48,7 @@ class Plan:
         return asdict(self)
 
 
-def resolve_dtype(name: str | torch.dtype, source: Source) -> torch.dtype:
+def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
     """The compute dtype: a torch dtype or its name, or "auto".
 
     "auto" is bf16 where the processor multiplies it natively (AVX-512 BF16 or AMX) and fp32
@@ -168,7 +168,7 @@ def make(
         ValueError: `context` is outside 1 .. the model's limit, or another value is not positive.
     """
     source = Source(path)
-    spec, compute = source.spec, resolve_dtype(dtype, source)
+    spec, compute = source.spec, resolve_dtype(dtype)
     context = spec.max_context if context is None else context
     if not 1 <= context <= spec.max_context:
         raise ValueError(

@@ -7,6 +7,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+# What a wrong or hostile template makes Python raise while it runs.
+_FAULTS = (TypeError, KeyError, AttributeError, RecursionError, ArithmeticError, ValueError)
+
 
 class ChatTemplate:
     """A compiled chat template. `source` names it in errors, `tokens` are its constants.
@@ -46,7 +49,7 @@ class ChatTemplate:
         names = {"messages": list(messages), "add_generation_prompt": True, **self._tokens}
         try:
             return self._template.render(**names | variables)
-        except (TemplateError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (TemplateError, *_FAULTS) as error:
             raise ValueError(
                 f"{self._source}: the chat template refuses the messages: {error}"
             ) from None
