@@ -83,8 +83,7 @@ def train(
 
 def _prepare(texts: Iterable[str], normaliser: Normaliser) -> list[str]:
     """Normalised texts on one line each; empty ones teach nothing and are left out."""
-    lines = (" ".join(normaliser(text).split()) for text in texts)
-    return [line for line in lines if line]
+    return [" ".join(normaliser(text).split()) for text in texts if text.strip()]
 
 
 def _fit(lines: Sequence[str], config: ClassifierConfig) -> _FastText:
@@ -92,27 +91,27 @@ def _fit(lines: Sequence[str], config: ClassifierConfig) -> _FastText:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "seeds.txt"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        try:
-            return fasttext.train_supervised(
-                str(path),
-                dim=config.dim,
-                lr=config.lr,
-                wordNgrams=config.word_ngrams,
-                minCount=config.min_count,
-                epoch=config.epochs,
-                bucket=config.bucket,
-                thread=config.threads,
-                seed=config.seed,
-                minn=0,
-                maxn=0,
-                loss="softmax",
-                verbose=0,
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"fastText could not train: {error}. With few seeds, lower min_count "
-                f"({config.min_count})"
-            ) from None
+        model = fasttext.train_supervised(
+            str(path),
+            dim=config.dim,
+            lr=config.lr,
+            wordNgrams=config.word_ngrams,
+            minCount=config.min_count,
+            epoch=config.epochs,
+            bucket=config.bucket,
+            thread=config.threads,
+            seed=config.seed,
+            minn=0,
+            maxn=0,
+            loss="softmax",
+            verbose=0,
+        )
+    if not model.get_words(on_unicode_error="replace"):
+        raise ValueError(
+            f"no word comes {config.min_count} times in the {len(lines)} seeds: give more seeds, "
+            "or lower min_count"
+        )
+    return model
 
 
 def _collapsed(model: _FastText, ngrams: int) -> Scorer:

@@ -25,10 +25,43 @@ def open_text(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
+        return io.BufferedReader(_Zstd(path), 1 << 20)
+    return path.open("rb")
+
+
+class _Zstd(io.RawIOBase):
+    """Zstandard frames as one stream; unlike the library's reader, it notices a cut-off end."""
+
+    def __init__(self, path: Path) -> None:
         import zstandard
 
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb")))
-    return path.open("rb")
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._file = path.open("rb")
+        self._frame, self._started, self._ready = self._new(), False, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:
+        while not self._ready:
+            if self._frame.eof:  # files may hold several frames, one after the other
+                data, self._frame, self._started = self._frame.unused_data, self._new(), False
+            else:
+                data = b""
+            data = data or self._file.read(1 << 18)
+            if not data:
+                if self._started:
+                    raise EOFError("the last frame does not end")
+                return 0
+            self._started = True
+            self._ready = self._frame.decompress(data)
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
 
 
 def lines(path: Path, skip: int = 0) -> Iterator[tuple[int, bytes]]:
