@@ -23,11 +23,11 @@ _HOME = {
 }
 
 __all__ = [
+    "WSD",
     "MiniCPM4Config",
     "MiniCPM4ForCausalLM",
     "MiniCPM4Model",
     "TrainConfig",
-    "WSD",
     "load",
     "preset",
     "register",

@@ -1,4 +1,4 @@
-"""Warm-up – Stable – Decay: the learning rate as a function of the step. MiniCPM (2404.06395) §4."""
+"""Warm-up – Stable – Decay: the learning rate as a function of the step. arXiv 2404.06395 §4."""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
 """A small trainer that ends with the same weights however often it was killed.
 
 What makes that true: batches are a function of (seed, step), the schedule is a function of the
-step, checkpoints hold weights and both moments of AdamW bit for bit, and the log is cut back to the
-checkpoint on resume. µP: matrices inside the layers learn at lr / (hidden_size / dim_model_base)
-(MiniCPM, arXiv 2404.06395, table 2).
+step, checkpoints hold weights and both moments of AdamW bit for bit, the log is cut back to the
+checkpoint on resume, and Ctrl-C waits for the step to be whole. It holds on the CPU for a fixed
+number of threads and a model without dropout.
+
+µP: matrices inside the layers learn at lr / (hidden_size / dim_model_base) (MiniCPM, arXiv
+2404.06395, table 2).
 """
 
 from __future__ import annotations
@@ -11,19 +14,29 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minicpm4._files import atomic_path, write_json
+from minicpm4 import checkpoint
+from minicpm4.checkpoint import load_weights
 from minicpm4.data import TokenData
+
+__all__ = [
+    "TrainConfig",
+    "TrainResult",
+    "evaluate",
+    "load_weights",
+    "parameter_groups",
+    "train",
+]
 
 
 @dataclass(frozen=True)
@@ -128,41 +141,46 @@ def train(
         the log and the validation curve; loss in nats per token, and per byte of text.
 
     Raises:
-        ValueError: the loss became NaN or infinite.
-        KeyboardInterrupt: passed on, after a checkpoint was written.
+        ValueError: the loss or its gradient became NaN or infinite, or `out` holds a checkpoint of
+            a run with another `config`.
+        KeyboardInterrupt: Ctrl-C, or raised by `on_step`; passed on after a checkpoint was written.
     """
     out.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=0.0, betas=config.betas, fused=True
     )
+    settings = {k: v for k, v in asdict(config).items() if k != "checkpoint_seconds"}
+    settings["betas"] = list(config.betas)
     log_path = out / "log.jsonl"
-    step = _resume(model, optimizer, out, first_step)
-    history = _cut_log(log_path, step)
+    step = checkpoint.resume(model, optimizer, out, first_step, settings)
+    history = checkpoint.cut_log(log_path, step)
     began, saved, seen = time.monotonic(), time.monotonic(), 0
     model.train()
-    with log_path.open("a", encoding="utf-8") as log:
-        try:
-            while step < steps:
-                loss, norm = _step(model, optimizer, data, schedule(step), config, step)
-                step += 1
-                seen += config.batch_size * config.accumulation * config.length
-                row = {"step": step, "lr": schedule(step - 1), "loss": loss, "grad_norm": norm}
-                if step % config.eval_every == 0 or step == steps:
-                    row["validation"] = evaluate(model, validation, config)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                history.append(row)
-                if step == branch_at:
-                    _save(out / "branch.safetensors", _weights(model))
-                if time.monotonic() - saved > config.checkpoint_seconds and step < steps:
-                    _checkpoint(model, optimizer, out, step)
-                    saved = time.monotonic()
+    with log_path.open("a", encoding="utf-8") as log, _interrupts_wait() as interrupted:
+        while step < steps:
+            loss, norm = _step(model, optimizer, data, schedule(step), config, step)
+            step += 1
+            seen += config.batch_size * config.accumulation * config.length
+            row = {"step": step, "lr": schedule(step - 1), "loss": loss, "grad_norm": norm}
+            if step % config.eval_every == 0 or step == steps:
+                row["validation"] = evaluate(model, validation, config)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            history.append(row)
+            if step == branch_at:
+                checkpoint.save_tensors(out / "branch.safetensors", checkpoint.weights(model))
+            try:
                 on_step(step, loss)
-        except KeyboardInterrupt:
-            _checkpoint(model, optimizer, out, step)
-            raise
+                if interrupted():
+                    raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                checkpoint.save(model, optimizer, out, step, settings)
+                raise
+            if time.monotonic() - saved > config.checkpoint_seconds and step < steps:
+                checkpoint.save(model, optimizer, out, step, settings)
+                saved = time.monotonic()
     # The finished weights count as the last checkpoint until the caller has saved them its own way.
-    _checkpoint(model, optimizer, out, step)
+    checkpoint.save(model, optimizer, out, step, settings)
     model.eval()
     bytes_per_token = validation.bytes / len(validation)
     curve = [
@@ -178,6 +196,32 @@ def train(
     return TrainResult(log_path, curve, seen / seconds if seen else math.nan)
 
 
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[Callable[[], bool]]:
+    """Hold back the first Ctrl-C; the function yielded says whether one came.
+
+    An interrupt between the optimiser's update and the step's count would leave a checkpoint whose
+    weights are one step ahead. A second Ctrl-C ends at once, without a checkpoint. Only the main
+    thread can do this; in others nothing changes.
+    """
+    came = False
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -188,21 +232,24 @@ def _step(
 ) -> tuple[float, float]:
     """One optimiser step; returns (mean loss, gradient norm before clipping)."""
     total = 0.0
+    # First, not last: gradients of a step that raised must not join the next one's.
+    optimizer.zero_grad(set_to_none=True)
     batch = data.batch(config.seed, step, config.batch_size * config.accumulation, config.length)
     for part in torch.from_numpy(batch).split(config.batch_size):
         loss = _loss(model, part, config.bf16)
         (loss / config.accumulation).backward()
         total += loss.item() / config.accumulation
-    if not math.isfinite(total):
-        raise ValueError(
-            f"the loss is {total} at step {step + 1} (learning rate {lr:.2g}): lower lr, lengthen "
-            "the warm-up, or look for broken text in the data"
-        )
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+    # Before the optimiser sees it: the weights, and the next checkpoint, stay good.
+    for name, value in (("loss", total), ("gradient norm", norm)):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the {name} is {value} at step {step + 1} (learning rate {lr:.2g}): lower lr, "
+                "lengthen the warm-up, or look for broken text in the data"
+            )
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return total, norm
 
 
@@ -227,86 +274,3 @@ def evaluate(model: nn.Module, data: TokenData, config: TrainConfig) -> float:
         count += len(batch)
     model.train(training)
     return total / count
-
-
-# Checkpoints -----------------------------------------------------------------------------------
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name, each tied one once."""
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Copy the weights that `train` saved at `branch_at` into `model`."""
-    saved = load_file(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(saved[name])
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    with atomic_path(path) as target:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, target)
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    return sorted(out.glob("checkpoint-*"))
-
-
-def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, out: Path, step: int) -> None:
-    """Write a checkpoint, then drop the ones before it: a kill in between loses neither."""
-    before = _checkpoints(out)
-    folder = out / f"checkpoint-{step:08d}"
-    if folder in before:
-        return
-    moments: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            if parameter in optimizer.state:
-                moments[f"{name}/{key}"] = optimizer.state[parameter][key]
-    with atomic_path(folder) as target:
-        target.mkdir()
-        save_file(
-            {k: v.contiguous() for k, v in _weights(model).items()}, target / "model.safetensors"
-        )
-        save_file(moments, target / "optimizer.safetensors")
-        write_json(target / "state.json", {"step": step})
-    for old in before:
-        shutil.rmtree(old)
-
-
-def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, out: Path, first_step: int) -> int:
-    """Load the newest checkpoint if there is one; returns the number of steps done."""
-    for scratch in out.glob(".*.partial"):
-        shutil.rmtree(scratch, ignore_errors=True)
-    found = _checkpoints(out)
-    if not found:
-        return first_step
-    load_weights(model, found[-1] / "model.safetensors")
-    moments = load_file(found[-1] / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
-        if f"{name}/step" in moments:
-            optimizer.state[parameter] = {
-                key: moments[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-    return json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))["step"]
-
-
-def _cut_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop what the log says beyond the checkpoint; returns the rows that stay."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # the line a kill cut short
-            row = json.loads(line)
-            if row["step"] <= step:
-                rows.append(row)
-    _write_lines(path, rows)
-    return rows
-
-
-def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with atomic_path(path) as target:
-        target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
