@@ -57,7 +57,9 @@ class TokenData:
                 "give more text or a shorter length"
             )
         # Philox takes (seed, step) as its key: no two steps share a stream.
-        generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, step]))
+        # Typed, because a plain list with a number beyond int64 goes through float and loses bits.
+        key = np.array([seed % 2**64, step], dtype=np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key))
         starts = generator.integers(0, last + 1, size)
         return np.stack([self.tokens[s : s + length + 1] for s in starts]).astype(np.int64)
 
