@@ -3,15 +3,17 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before torch is imported: on a busy machine threads that wait for one another are very slow.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import testbed  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from gguf import GGMLQuantizationType, GGUFWriter  # noqa: E402
 from gguf.quants import quantize  # noqa: E402
 
+import testbed  # noqa: E402
 from cpmcu import Engine  # noqa: E402
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import testbed
 import torch
 
+import testbed
 from cpmcu import Engine
 from cpmcu.results import Stream
 

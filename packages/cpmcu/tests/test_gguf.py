@@ -86,7 +86,7 @@ def test_quantised_tensors_are_expanded_exactly(tiny_folder, to_gguf, tmp_path, 
     "kind", ["Q4_K", "Q6_K", "Q2_K", "Q3_K", "Q5_K", "TQ1_0", "TQ2_0", "IQ4_NL"]
 )
 def test_formats_gguf_reads_but_may_not_write(tmp_path, kind):
-    """Random bytes in the format's block size, several pieces, against one call of the dequantiser."""
+    """Random bytes in the format's block size: in pieces as in one call of the dequantiser."""
     from gguf.constants import GGML_QUANT_SIZES
 
     quant = GGMLQuantizationType[kind]

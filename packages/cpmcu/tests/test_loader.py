@@ -7,10 +7,10 @@ import shutil
 import sys
 
 import pytest
-import testbed
 import torch
 from safetensors.torch import load_file, save_file
 
+import testbed
 from cpmcu import Engine
 from cpmcu.loader import Source
 
@@ -82,11 +82,14 @@ def test_nothing_at_the_path(tmp_path):
 
 
 def test_dtypes_are_converted(folder):
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        rewrite(folder, lambda state: state.update({k: v.to(dtype) for k, v in state.items()}))
+    wanted = Engine.from_pretrained(folder, dtype="float32").logits(IDS)
+    original = load_file(folder / "model.safetensors")
+    for dtype, tolerance in ((torch.float64, 0), (torch.float16, 0.02), (torch.bfloat16, 0.2)):
+        stored = {name: tensor.to(dtype) for name, tensor in original.items()}
+        save_file(stored, folder / "model.safetensors")
         engine = Engine.from_pretrained(folder, dtype="float32")
         assert engine.dtype == torch.float32
-        assert bool(engine.logits(IDS).isfinite().all())
+        assert float((engine.logits(IDS) - wanted).abs().max()) <= tolerance
 
 
 def test_dtype_auto_follows_the_processor(folder):
@@ -179,11 +182,11 @@ def test_memory_limit(folder):
 def test_progress_reaches_the_end(folder):
     calls = []
     Engine.from_pretrained(folder, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(i, 21) for i in range(1, 22)] or calls[-1][0] == calls[-1][1] == len(calls)
+    assert calls == [(i, 21) for i in range(1, 22)]
 
 
 def test_gguf_and_folder_of_smollm2_have_the_same_logits(smollm2):
-    """Q4_1 and Q8_0 dequantise to the same numbers, and the interleaved heads come back in order."""
+    """Q4_1 and Q8_0 expand to the same numbers, and the interleaved heads come back in order."""
     engine = Engine.from_pretrained(testbed.smollm2_gguf(), dtype="float32")
     for field in ("hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "max_context", "bos"):
         assert getattr(engine.spec, field) == getattr(smollm2.spec, field)

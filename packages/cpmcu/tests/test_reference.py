@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-import testbed
 import torch
 
+import testbed
 from cpmcu import Engine
 
 LONGROPE = {

@@ -6,9 +6,9 @@ import json
 import random
 
 import pytest
-import testbed
 import torch
 
+import testbed
 from cpmcu import tokenizer
 from cpmcu.gguf_file import GGUFFile
 from cpmcu.template import ChatTemplate

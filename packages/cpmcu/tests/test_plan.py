@@ -1,0 +1,109 @@
+"""The plan against what the engine really allocates."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import testbed
+from cpmcu import Engine, plan
+from cpmcu.loader import Source
+
+
+@pytest.mark.parametrize("arch", ["llama-gqa3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tie", [False, True])
+def test_bytes_are_those_the_engine_takes(tiny_folder, arch, dtype, tie):
+    _, folder = tiny_folder(arch, tie_word_embeddings=tie)
+    made = plan.make(folder, dtype=dtype, context=700, bandwidth=1e9)
+    engine = Engine.from_pretrained(folder, dtype=dtype, max_context=700)
+    engine.prefill([1] * 700)
+    assert made.weight_bytes == engine._decoder.weights.nbytes
+    assert made.kv_bytes == engine._cache.nbytes
+    assert made.total_bytes == made.weight_bytes + made.kv_bytes + made.activation_bytes
+
+
+def test_largest_context_is_the_largest(tiny_folder):
+    spec = Source(tiny_folder("llama")[1]).spec
+    for limit in (10_000, 600_000, 1_000_000, 3_000_000, 10**9):
+        best = plan.largest_context(spec, torch.float32, limit)
+        if best:
+            assert plan.total_bytes(spec, torch.float32, best) <= limit
+        if best < spec.max_context:
+            assert plan.total_bytes(spec, torch.float32, best + 1) > limit
+
+
+def test_decode_bound_is_bandwidth_over_bytes_read(tiny_folder):
+    _, tied = tiny_folder("llama", tie_word_embeddings=True)
+    _, untied = tiny_folder("llama", tie_word_embeddings=False)
+    for folder in (tied, untied):
+        made = plan.make(folder, dtype="float32", context=100, bandwidth=1e9)
+        embedding = 256 * 64 * 4 if folder == untied else 0
+        read = made.weight_bytes - embedding + made.kv_bytes
+        assert made.decode_bound == pytest.approx(1e9 / read)
+
+
+def test_8b_is_planned_from_its_config_alone(tmp_path):
+    """MiniCPM4-8B: the header of an empty file suffices, nothing of 16 GB is read."""
+    config = {
+        "model_type": "minicpm",
+        "vocab_size": 73448,
+        "hidden_size": 4096,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        **{"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    made = plan.make(tmp_path, dtype="bfloat16", memory_limit=24 * 2**30, bandwidth=35e9)
+    assert made.kv_bytes_per_token == 32 * 2**10 and made.kv_bytes == 4 * 2**30
+    assert made.parameters == pytest.approx(8.19e9, rel=0.01)
+    assert 1.5 < made.decode_bound < 2.5
+
+
+def test_activation_bytes_bound_the_measured_peak():
+    """SmolLM2's prefill of 1,024 tokens in a fresh process stays within the planned total."""
+    code = (
+        "import sys, torch, cpmcu\n"
+        "from cpmcu.results import peak_memory\n"
+        "engine = cpmcu.Engine.from_pretrained(sys.argv[1], dtype='float32', max_context=1024)\n"
+        "engine.prefill([5])\n"
+        "before = peak_memory()\n"
+        "engine.prefill([7] * 1023)\n"
+        "print(peak_memory() - before)"
+    )
+    path = testbed.smollm2_gguf()
+    run = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
+    )
+    made = plan.make(path, dtype="float32", context=1024, bandwidth=1e9)
+    # 30 MB: PyTorch's thread-local work space, and one layer held twice while the cache grows
+    assert int(run.stdout) < made.kv_bytes + made.activation_bytes + 30e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"context": 5000}, r"context must be in 1\.\.4096 \(the model's limit\), got 5000"),
+        ({"context": 0}, "context must be in"),
+        ({"memory_limit": 0}, "memory_limit must be positive"),
+        ({"bandwidth": -1.0}, "bandwidth must be positive"),
+        ({"dtype": "int4"}, "dtype must be"),
+    ],
+)
+def test_bad_arguments(tiny_folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan.make(tiny_folder("llama")[1], **{"bandwidth": 1e9} | arguments)
+
+
+def test_bandwidth_is_measured():
+    assert 1e8 < plan.measure_bandwidth(16, 0.05) < 1e13
