@@ -66,6 +66,16 @@ def smollm2_path(*, thorough: bool = False) -> Path:
     return folder
 
 
+def state() -> str:
+    """Where the model is and whether it can be used, in one line; nothing is converted."""
+    folder = cache_dir() / FOLDER_NAME
+    try:
+        reason = damage(folder, smollm2_gguf(), thorough=False)
+    except (ImportError, FileNotFoundError) as error:
+        return str(error)
+    return str(folder) if reason is None else f"{folder}: {reason}"
+
+
 def damage(folder: Path, gguf: Path, *, thorough: bool) -> str | None:
     """What is wrong with a converted folder, in a few words, or None if it can be used."""
     from ._files import sha256

@@ -47,9 +47,11 @@ def convert(gguf: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _need_space(folder.parent)
     _log.info("converting %s to %s", gguf, folder)
-    source = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
-    ).eval()
+    # Its own bar of dequantising stays: conversion takes long enough for one.
+    with quiet_transformers():
+        source = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+        ).eval()
     tokenizer = _tokenizer(gguf)
     # transformers marks what it reads from a GGUF as quantised and will not save it. It is not.
     config = type(source.config).from_dict(

@@ -24,7 +24,13 @@ TASKS: dict[str, Task] = {
 
 
 def ruler(
-    task: str, tokens: int, n: int, seed: int, tokenizer: PreTrainedTokenizerBase
+    task: str,
+    tokens: int,
+    n: int,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[RulerSample]:
     """Samples of one of RULER's generated tasks, with its official settings.
 
@@ -40,6 +46,7 @@ def ruler(
         n: number of samples.
         seed: of everything random.
         tokenizer: counts the tokens; its chat template, if any, is part of the prompt.
+        progress: called after each sample with (done, n).
 
     Raises:
         ValueError: unknown task, `n` below 1, or `tokens` too few (or too many) for the task.
@@ -69,6 +76,8 @@ def ruler(
                 depths=draft.depths,
             )
         )
+        if progress is not None:
+            progress(i + 1, n)
     return samples
 
 

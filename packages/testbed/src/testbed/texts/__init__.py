@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .corpus import CorpusInfo, Document, corpora, corpus
+from .registry import CorpusInfo, Document, corpora, corpus
 
 __all__ = ["CorpusInfo", "Document", "corpora", "corpus"]

@@ -166,8 +166,9 @@ def _line(raw: str) -> str:
     if raw.startswith(("|", "!", "{|", "}}", "{{", "[[", "]]")) or "||" in raw:
         return ""
     marker = re.match(r"[*#:;]+", raw)
-    line = _tidy(raw[marker.end() :] if marker else raw)
-    line = re.sub(r"\{\{|\}\}|\[\[|\]\]", "", line)
+    line = raw[marker.end() :] if marker else raw
+    # A template that never closes: the rest of the line is its arguments.
+    line = _tidy(re.sub(r"\{\{.*|\}\}|\[\[|\]\]", "", line))
     if len(re.findall(r"\w", line)) < 2:
         return ""
     return f"- {line}" if marker and raw[0] in "*#" else line

@@ -68,7 +68,7 @@ _CORPORA: dict[str, tuple[CorpusInfo, Reader]] = {
             register="encyclopaedia, edited, clean",
             wheel="gensim",
             licence="CC BY-SA 3.0",
-            about="111 long articles of two English dumps (2016, 2017) as prose",
+            about="110 long articles of two English dumps (2016, 2017) as prose",
         ),
         wikipedia,
     ),
@@ -88,7 +88,7 @@ _CORPORA: dict[str, tuple[CorpusInfo, Reader]] = {
             register="newswire, edited, clean",
             wheel="gensim",
             licence="of the Australian Broadcasting Corporation, for research (Lee et al. 2005)",
-            about="350 short news texts of 2000 to 2002, one paragraph each",
+            about="343 short news texts of 2000 to 2002, one paragraph each",
         ),
         english.news,
     ),
@@ -98,7 +98,7 @@ _CORPORA: dict[str, tuple[CorpusInfo, Reader]] = {
             register="opinion; lower-case and split at punctuation, so of poor form",
             wheel="gensim",
             licence="unclear; for research (Pang and Lee 2005, Maas et al. 2011)",
-            about="film reviews: sentences with a label, and some whole reviews",
+            about="film reviews: 200 sentences with a label, and ten whole reviews",
         ),
         english.reviews,
     ),
@@ -108,7 +108,7 @@ _CORPORA: dict[str, tuple[CorpusInfo, Reader]] = {
             register="discussion with quotes, signatures and files: noisy",
             wheel="gensim",
             licence="of the writers; widely used for research (20 Newsgroups)",
-            about="Usenet posts of 1993 without their headers",
+            about="200 Usenet posts of 1993 without their headers",
         ),
         english.newsgroups,
     ),
@@ -198,7 +198,10 @@ def _read(name: str) -> list[Document]:
     cached = cache_dir() / "texts" / f"{name}-{version}-{_readers()}.jsonl.gz"
     try:
         with gzip.open(cached, "rt", encoding="utf-8") as stream:
-            return [Document(**json.loads(line)) for line in stream]
+            documents = [Document(**json.loads(line)) for line in stream]
+        if documents:
+            return documents
+        raise ValueError("it is empty")
     except FileNotFoundError:
         pass
     except (OSError, ValueError, TypeError, EOFError) as error:
