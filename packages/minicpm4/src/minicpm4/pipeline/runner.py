@@ -169,6 +169,7 @@ class Runner:
             work,
             self.pipeline.seed,
             self.pipeline.threads,
+            f"minicpm4 run {self.pipeline.source}",
             lambda text, done: self.report(step.name, text, done),
         )
         try:

@@ -45,6 +45,8 @@ class Workspace:
     path: Path
     seed: int
     threads: int
+    command: str = "minicpm4 run"
+    """What the user typed to run the whole pipeline."""
     _report: Callable[[str, float | None], None] = field(default=lambda text, done: None)
 
     def progress(self, text: str, done: float | None = None) -> None:

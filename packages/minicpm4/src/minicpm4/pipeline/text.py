@@ -114,11 +114,15 @@ def cut(text: str, longest: int) -> Iterator[str]:
         yield piece.strip()
 
 
+def rank(name: str, salt: str) -> float:
+    """A number in 0..1 that a name always has, and that looks random."""
+    digest = hashlib.sha256(f"{salt}\0{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
 def in_share(identity: str, share: float, salt: str) -> bool:
     """Whether a document falls into a share of all, decided by its name alone.
 
     All passages of a document fall the same way, whatever their order and number.
     """
-    document = identity.rsplit("#", 1)[0]
-    digest = hashlib.sha256(f"{salt}\0{document}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return rank(identity.rsplit("#", 1)[0], salt) < share

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from minicpm4.reporting.blocks import GOOD, POOR, Figure, Paragraph, Samples, Section, Table
-from minicpm4.reporting.blocks import new_figure, svg
+from minicpm4.reporting.blocks import (
+    GOOD,
+    POOR,
+    Figure,
+    Paragraph,
+    Samples,
+    Section,
+    Table,
+    new_figure,
+    svg,
+)
 
 
-def section(name: str, metrics: dict[str, Any], timings: dict[str, Any]) -> Section:
+def section(name: str, metrics: dict[str, Any]) -> Section:
     """What was kept, how well the classifier ranks, and what an independent judge says."""
     pool, judge = metrics["pool"], metrics["judge"]
     kept, dropped = judge["kept"]["nats_per_byte"], judge["dropped"]["nats_per_byte"]
     noise = (judge["kept"]["standard_error"] ** 2 + judge["dropped"]["standard_error"] ** 2) ** 0.5
     verdict = (
-        f"{judge['model']}, which had no part in the choice, needs {kept:.3f} nats per byte on kept "
-        f"text and {dropped:.3f} on dropped text (difference {dropped - kept:+.3f} ± {noise:.3f})"
+        f"{judge['model']}, which had no part in the choice, needs {kept:.3f} nats per byte on "
+        f"kept text and {dropped:.3f} on dropped (difference {dropped - kept:+.3f} ± {noise:.3f})"
     )
     if dropped - kept <= 2 * noise:
         verdict += ": within the noise of this many passages, or the wrong way round"
@@ -66,7 +75,8 @@ def section(name: str, metrics: dict[str, Any], timings: dict[str, Any]) -> Sect
                     for kind, rows in metrics["examples"].items()
                     for row in rows
                 ],
-                "Passages at the ends of the scale and beside the threshold (first 400 characters).",
+                "Passages at the ends of the scale and beside the threshold (their first 400 "
+                "characters).",
             ),
         ],
     )

@@ -17,7 +17,10 @@ from pydantic import Field, field_validator
 from minicpm4._files import atomic_path
 from minicpm4.pipeline.models import model_identity, model_path
 from minicpm4.pipeline.stage import Estimate, Stage, StageConfig, Workspace, needs
-from minicpm4.pipeline.text import Passage, check_source, in_share, passages, source_identity
+from minicpm4.pipeline.text import Passage, check_source, in_share, passages, rank, source_identity
+
+# Enough of a passage to tell its quality, and a tenth of the time of all of it.
+JUDGED_CHARS = 1200
 
 
 class CleanConfig(StageConfig):
@@ -122,11 +125,11 @@ def _divide(config: CleanConfig) -> tuple[list[Labelled], list[Labelled]]:
     pool: list[Labelled] = []
     for name in [*config.good, *config.poor]:
         good = name in config.good
-        taken = 0
-        for passage in passages(name, config.passage_chars):
-            if config.max_passages and taken >= config.max_passages:
-                break
-            taken += 1
+        found = list(passages(name, config.passage_chars))
+        if config.max_passages and len(found) > config.max_passages:
+            # Which ones is decided by their names: not always the first, and always the same.
+            found = sorted(found, key=lambda p: rank(p.id, "take"))[: config.max_passages]
+        for passage in found:
             is_seed = name in config.seeds and in_share(passage.id, config.seed_share, "seed")
             (seeds if is_seed else pool).append((passage, name, good))
     return seeds, pool
@@ -206,8 +209,10 @@ def _judge(
     config: CleanConfig, kept: list[dict], dropped: list[dict], space: Workspace
 ) -> dict[str, Any]:
     """Loss per byte of a model that had no part in the choice, on passages drawn from each side."""
-    from minicpm4.pipeline.judge import loss_per_byte
+    with needs("cpmcu", "clean"):
+        from cpmcu import Engine
 
+    engine = Engine.from_pretrained(model_path(config.judge), threads=space.threads)
     draw = random.Random(space.seed)
     # Only what the score decided: a duplicate is dropped whatever its quality.
     low = [r for r in dropped if r["ultraclean_reason"] == "score"]
@@ -215,12 +220,12 @@ def _judge(
         side: draw.sample(rows, min(config.judge_passages, len(rows)))
         for side, rows in (("kept", kept), ("dropped", low))
     }
-    texts = [r["text"] for rows in chosen.values() for r in rows]
-    losses = loss_per_byte(
-        model_path(config.judge),
-        texts,
-        progress=lambda n: space.progress("judging kept and dropped", 0.5 + 0.5 * n / len(texts)),
-    )
+    total = sum(map(len, chosen.values()))
+    losses: list[float] = []
+    for row in [row for rows in chosen.values() for row in rows]:
+        [score] = engine.score([row["text"][:JUDGED_CHARS]])
+        losses.append(-score.log_likelihood / max(1, score.bytes))
+        space.progress("an LLM judges kept and dropped text", 0.5 + 0.5 * len(losses) / total)
     result: dict[str, Any] = {"model": config.judge}
     for side, rows in chosen.items():
         mine, losses = losses[: len(rows)], losses[len(rows) :]
