@@ -236,6 +236,24 @@ def test_error_in_low_precision_is_that_of_rounding(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_sets_that_skip_the_own_block(backend: str, randn: Callable) -> None:
+    """The block before and the block after, never the own one: nothing local may be assumed."""
+    q, k, v = randn(64)
+    own = torch.arange(64)[:, None] // 8
+    blocks = torch.cat([own - 1, own + 1], 1).clamp(max=8)
+    blocks = torch.where(blocks == 8, -1, blocks).int()
+    blocks[:8] = torch.tensor([1, -1])
+    out = block_sparse_attention(q, k, v, blocks.expand(1, 2, 64, 2), block_size=8, backend=backend)
+    for t in range(8, 64):
+        keys = slice(t // 8 * 8 - 8, t // 8 * 8)
+        alone = scaled_dot_product_attention(
+            q[:, :, t : t + 1], k[:, :, keys], v[:, :, keys], enable_gqa=True
+        )
+        torch.testing.assert_close(out[:, :, t : t + 1], alone)
+    assert (out[:, :, :8] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("S", "T"), [(0, 0), (50, 0), (1, 1), (5, 5), (50, 50)])
 def test_small_and_empty(
     backend: str, S: int, T: int, small: InfLLMv2Config, randn: Callable

@@ -29,3 +29,15 @@ def test_import_is_light() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_explain_needs_no_torch() -> None:
+    """Arithmetic should not wait for a tensor library to load."""
+    code = (
+        "import sys; sys.argv = ['infllm2', 'explain']\n"
+        "from infllm2.cli import app\n"
+        "app(standalone_mode=False)\n"
+        "print('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == "False"

@@ -78,7 +78,6 @@ def explain(
     from rich.console import Console
     from rich.table import Table
 
-    from infllm2.backends.torch_selection import TILE_BYTES
     from infllm2.config import InfLLMv2Config
     from infllm2.costs import costs
 
@@ -110,8 +109,8 @@ def explain(
     console.print(
         f"Memory: cache {c.cache_bytes / 1e6:,.4g} MB, compressed keys "
         f"{c.compressed_bytes / 1e6:,.3g} MB ({c.compressed_bytes / c.cache_bytes:.1%}); scores of "
-        f"all queries at once would be {c.score_matrix_bytes / 1e6:,.4g} MB, a tile of the torch "
-        f"backend's holds up to {TILE_BYTES / 1e6:.0f} MB.",
+        f"all queries at once would be {c.score_matrix_bytes / 1e6:,.4g} MB, which the torch "
+        "backend never holds.",
         highlight=False,
     )
 
