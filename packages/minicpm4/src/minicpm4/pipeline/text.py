@@ -66,7 +66,7 @@ def _documents(name: str) -> Iterable[tuple[str, str, str]]:
     if not is_file(name):
         with needs("testbed", "corpus " + name):
             import testbed
-        return ((d.id, d.text, d.source) for d in testbed.corpus(name))
+        return ((d.id, d.text, name) for d in testbed.corpus(name))
     return _read_jsonl(Path(name).expanduser())
 
 

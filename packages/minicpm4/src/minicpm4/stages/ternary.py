@@ -92,7 +92,9 @@ def run(config: TernaryStageConfig, inputs: dict[str, Path], space: Workspace) -
         transformers.AutoTokenizer.from_pretrained(inputs["model"]).save_pretrained(target)
     shutil.rmtree(space.path / "packed", ignore_errors=True)
     space.progress("packing", 0.92)
-    packed = bitcpm.pack_model(space.path / "model", space.path / "packed", codec=config.codec)
+    packed = bitcpm.pack_model(
+        space.path / "model", space.path / "packed", ternary, codec=config.codec
+    )
 
     space.progress("comparing", 0.95)
     register()
@@ -123,8 +125,8 @@ def run(config: TernaryStageConfig, inputs: dict[str, Path], space: Workspace) -
                 "packed": sum(
                     f.stat().st_size for f in (space.path / "packed").glob("*.safetensors")
                 ),
-                "matrices bf16": packed.bytes_before,
-                "matrices packed": packed.bytes_after,
+                "matrices bf16": sum(before for before, _ in packed.tensors.values()),
+                "matrices packed": sum(after for _, after in packed.tensors.values()),
             },
             "zero_share": sum(s.zero_share for s in stats.values()) / len(stats),
         }
