@@ -139,7 +139,7 @@ def test_from_and_only(stages: Path) -> None:
 
 
 def test_only_without_its_inputs_says_what_to_run(stages: Path) -> None:
-    with pytest.raises(ValueError, match=r"'total' waits for count.log.*run the whole pipeline"):
+    with pytest.raises(ValueError, match=r"'total' comes after count.*run the whole pipeline"):
         run(stages, only="total")
     assert not (stages / "run").exists()
 

@@ -10,7 +10,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from minicpm4.pipeline.config import Pipeline, is_path
+from minicpm4.pipeline.config import Pipeline, Step, is_path
 from minicpm4.pipeline.runner import Runner
 
 
@@ -18,7 +18,7 @@ def print_plan(pipeline: Pipeline, out: Path) -> None:
     """Print the table of stages, and what is short on this machine."""
     runner = Runner(pipeline, out)
     table = Table(title=f"{pipeline.name}: {len(pipeline.steps)} stages into {out}")
-    for column in ("stage", "now", "inputs", "time", "memory", "disk"):
+    for column in ("stage", "now", "reads", "time", "memory", "disk"):
         table.add_column(
             column, justify="right" if column in ("time", "memory", "disk") else "left"
         )
@@ -40,7 +40,7 @@ def print_plan(pipeline: Pipeline, out: Path) -> None:
         table.add_row(
             step.name,
             f"{state.action} ({state.reason})",
-            ", ".join(step.origins.values()) or need.detail or "-",
+            _reads(step) or need.detail or "-",
             _duration(need.seconds) if todo else "-",
             f"{need.memory_bytes / 1e9:.1f} GB" if todo else "-",
             f"{need.disk_bytes / 1e6:.0f} MB" if todo else "-",
@@ -57,6 +57,12 @@ def print_plan(pipeline: Pipeline, out: Path) -> None:
     )
     if free < disk or available < memory:
         console.print("[red]This machine has less than that: the run would stop with an error.")
+
+
+def _reads(step: Step) -> str:
+    """The stages and files a step takes its inputs from, each once."""
+    names = (o if is_path(o) else o.partition(".")[0] for o in step.origins.values())
+    return ", ".join(dict.fromkeys(names))
 
 
 def _artefact(pipeline: Pipeline, origin: str) -> str:

@@ -79,7 +79,8 @@ class Runner:
         missing = [o for o in step.origins.values() if not is_path(o) and o not in self._made]
         manifest = read_manifest(self.folder(step))
         if missing:
-            return State("run", f"waits for {', '.join(missing)}", None)
+            makers = dict.fromkeys(origin.partition(".")[0] for origin in missing)
+            return State("run", f"after {', '.join(makers)}", None)
         hashes = {n: hash_input(step, n, o, self._made) for n, o in step.origins.items()}
         marks = fingerprint(step, self.pipeline.seed, hashes)
         if manifest is None:
@@ -146,8 +147,8 @@ class Runner:
                     continue
                 if state.marks is None:
                     raise ValueError(
-                        f"stage {step.name!r} {state.reason}: run the whole pipeline first "
-                        f"(minicpm4 run {self.pipeline.source})"
+                        f"stage {step.name!r} comes {state.reason}, which is not done: run the "
+                        f"whole pipeline first (minicpm4 run {self.pipeline.source})"
                     )
                 if state.action == "skip" and not forced and single is None:
                     self.report(step.name, f"up to date, {state.reason}", 1.0)
