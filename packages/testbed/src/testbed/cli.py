@@ -123,6 +123,10 @@ def ruler(
     jsonl: Jsonl = None,
 ) -> None:
     """Make samples of a RULER task, filled to a length; their `text` is what a model continues."""
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise FileNotFoundError(
+            f"--tokenizer must be a folder with tokenizer.json; got {tokenizer}"
+        )
     from rich.progress import Progress
     from transformers import AutoTokenizer
 
@@ -130,10 +134,6 @@ def ruler(
     from .ruler_tasks import ruler as generate
     from .ruler_tasks import ruler_prompt
 
-    if tokenizer is not None and not tokenizer.is_dir():
-        raise FileNotFoundError(
-            f"--tokenizer must be a folder with tokenizer.json; got {tokenizer}"
-        )
     reader = AutoTokenizer.from_pretrained(tokenizer or smollm2_path(), local_files_only=True)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         row = bar.add_task(f"{task} at {tokens}", total=n)

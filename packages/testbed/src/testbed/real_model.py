@@ -113,6 +113,9 @@ def smollm2(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model on the CPU in eval mode, and its tokenizer; about 2 s once it is cached.
 
+    Its vocabulary has no token for six control characters and for Unicode planes 4 to 11 (bytes F1
+    and F2): text with those does not come back from the tokenizer.
+
     Args:
         dtype: floating-point type of the weights; float32 (the default) has no rounding at all.
         attn_implementation: as transformers names it ("eager", "sdpa"); its own choice if None.

@@ -34,10 +34,10 @@ def ruler(
 ) -> list[RulerSample]:
     """Samples of one of RULER's generated tasks, with its official settings.
 
-    Sample i depends on (task, tokens, seed, i) and the tokenizer only, not on `n`. Differences from
-    the original: each sample is filled by its own search (RULER: one coarse search for all); the
-    length counts the chat template too; essays are the 48 of `corpus("essays")`; spaces at the
-    borders of the answer prefix are left out.
+    Sample i depends on its arguments only, not on `n`, and has the same needles at every length:
+    lengths can be compared in pairs. Differences from the original: each sample is filled by its
+    own search (RULER: one coarse search for all); the length counts the chat template too; essays
+    are the 48 of `corpus("essays")`; spaces at the borders of the answer prefix are left out.
 
     Args:
         task: niah_single_1|2|3, niah_multikey_1|2|3, niah_multivalue, niah_multiquery, vt, cwe or
@@ -63,7 +63,7 @@ def ruler(
 
     samples = []
     for i in range(n):
-        build = functools.partial(_build, spec, f"{task}/{tokens}/{seed}/{i}", tokens, count)
+        build = functools.partial(_build, spec, f"{task}/{seed}/{i}", tokens, count)
         draft, used = _fill(task, spec, build, lambda d: count(_rendered(d, tokenizer)), budget)
         samples.append(
             RulerSample(
