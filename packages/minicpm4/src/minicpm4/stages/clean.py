@@ -36,6 +36,7 @@ class CleanConfig(StageConfig):
     max_passages: int = Field(default=0, ge=0, description="most passages of a source; 0 = all")
     dim: int = Field(default=256, ge=1, description="fastText: width of the embedding")
     bucket: int = Field(default=2_000_000, ge=1, description="fastText: rows for word n-grams")
+    lr: float = Field(default=0.1, gt=0, description="fastText's rate; few seeds need a larger one")
     epochs: int = Field(default=3, ge=1)
     min_count: int = Field(default=5, ge=1)
     threshold: float = Field(default=0.5, ge=0, le=1, description="keep what scores at least this")
@@ -73,6 +74,7 @@ def run(config: CleanConfig, inputs: dict[str, Path], space: Workspace) -> None:
             [p.text for p, _, good in seeds if not good],
             ultraclean.ClassifierConfig(
                 dim=config.dim,
+                lr=config.lr,
                 bucket=config.bucket,
                 epochs=config.epochs,
                 min_count=config.min_count,
