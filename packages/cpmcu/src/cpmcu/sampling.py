@@ -67,10 +67,9 @@ def probabilities(logits: Tensor, how: Sampling, previous: Sequence[int] = ()) -
         logits = logits.masked_fill(logits < logits.topk(how.top_k).values[-1], -torch.inf)
     if how.top_p < 1:
         ordered, order = logits.sort(descending=True)
-        # Keep a token if what is before it has not reached top_p: the first always stays.
+        # Keep a token if what is before it has not reached top_p > 0: the first always stays.
         mass = ordered.softmax(0)
         drop = (mass.cumsum(0) - mass) >= how.top_p
-        drop[0] = False
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(0, order, drop), -torch.inf)
     if how.min_p > 0:
         p = logits.softmax(0)
