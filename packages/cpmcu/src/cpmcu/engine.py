@@ -26,7 +26,7 @@ class Engine:
     """Runs one model on one sequence at a time. Not for concurrent calls from several threads.
 
     `spec`, `tokenizer` (None: token ids only), `dtype`, `max_context`, and `tokens`, the ids now
-    in the cache. Make one with `from_pretrained`, or from parts for a model already in memory.
+    in the cache. Make one with `from_pretrained`, or from a spec and filled weights.
     """
 
     def __init__(

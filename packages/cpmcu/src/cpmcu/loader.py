@@ -6,7 +6,7 @@ model is taken, and nothing is ever unpickled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -213,17 +213,3 @@ def _load_ternary(
 def _report(progress: Progress | None, done: int, total: int) -> None:
     if progress is not None:
         progress(done, total)
-
-
-def from_state(
-    spec: ModelSpec,
-    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype,
-) -> Weights:
-    """Weights from tensors in memory, by transformers name; ValueError as for a file."""
-    named = {name: tensor for stored, tensor in dict(tensors).items() if (name := _clean(stored))}
-    _check({name: tuple(tensor.shape) for name, tensor in named.items()}, spec, Path("state dict"))
-    weights = allocate(spec, dtype)
-    for name, slot in weights.slots.items():
-        slot.copy_(named[name])
-    return weights
