@@ -94,8 +94,9 @@ def test_haystacks(tokenizer: Any) -> None:
     assert words[total:] == words[:5] and len(words) == total + 5
 
 
-def test_depths_cover_the_context(tokenizer: Any) -> None:
-    samples = testbed.ruler("niah_single_1", 512, 60, 0, tokenizer)
+@pytest.mark.parametrize("task", ["niah_single_1", "niah_single_2", "niah_multikey_2"])
+def test_depths_cover_the_context(task: str, tokenizer: Any) -> None:
+    samples = testbed.ruler(task, 768, 60, 0, tokenizer)
     depths = sorted(s.depths[0] for s in samples)
     assert depths[0] < 0.15 and depths[-1] > 0.85
     assert 0.35 < sum(depths) / len(depths) < 0.65
@@ -172,6 +173,21 @@ def test_distractors_do_not_grow_into_the_needle() -> None:
     long = TASKS["niah_multikey_2"].build("key", 40, 0, len)
     assert short.answers == long.answers
     assert set(short.prompt.split("\n")) <= set(long.prompt.split("\n"))
+
+
+def test_the_asked_key_has_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"adjective": ("odd", "even"), "noun": ("cup", "jar")}
+    monkeypatch.setattr(niah_module, "word_list", few.__getitem__)
+    draft = TASKS["niah_multikey_2"].build("key", 50, 0, len)
+    key = draft.answer_prefix.split(" for ")[1].split()[0]
+    assert draft.prompt.count(f"numbers for {key} is:") == 1
+
+
+def test_same_needles_at_every_length(tokenizer: Any) -> None:
+    (short,) = testbed.ruler("niah_multiquery", 700, 1, 0, tokenizer)
+    (long,) = testbed.ruler("niah_multiquery", 1500, 1, 0, tokenizer)
+    assert short.answers == long.answers
+    assert short.answer_prefix == long.answer_prefix
 
 
 def test_score() -> None:

@@ -23,6 +23,7 @@ from testbed.texts.wiki_markup import to_prose
         ("Word ({{IPAc-en|x}}) here.", "Word here."),
         ("{{quote|See [[a|b]] there.|Author}}", "See b there."),
         ("{| class=x\n|-\n| cell\n{|\n| inner\n|}\n|}\nAfter it.", "After it."),
+        ("{|\n| cell\nmore of the cell\n|}\nAfter it.", "After it."),
         ("[[File:x.jpg|thumb|A [[caption]] with a link]]\nText.", "Text."),
         ("[[Category:Cats]]\n[[fr:Chat]]\nText.", "Text."),
         ("<!-- not\nthis -->Text &amp;ndash; &lt;more.", "Text – <more."),
