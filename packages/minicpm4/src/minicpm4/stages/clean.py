@@ -18,9 +18,7 @@ from minicpm4._files import atomic_path
 from minicpm4.pipeline.models import model_identity, model_path
 from minicpm4.pipeline.stage import Estimate, Stage, StageConfig, Workspace, needs
 from minicpm4.pipeline.text import Passage, check_source, in_share, passages, rank, source_identity
-
-# Enough of a passage to tell its quality, and a tenth of the time of all of it.
-JUDGED_CHARS = 1200
+from minicpm4.stages.measures import auc, by_source, examples, histogram, judge
 
 
 class CleanConfig(StageConfig):
@@ -97,7 +95,9 @@ def run(config: CleanConfig, inputs: dict[str, Path], space: Workspace) -> None:
         raise ValueError(
             f"no passage of {report.total} scored at least {config.threshold}: lower threshold"
         )
-    judged = space.once("judge", lambda: _judge(config, kept, dropped, space))
+    judged = space.once(
+        "judge", lambda: judge(config.judge, config.judge_passages, kept, dropped, space)
+    )
     space.write_metrics(
         {
             "pool": {
@@ -107,13 +107,13 @@ def run(config: CleanConfig, inputs: dict[str, Path], space: Workspace) -> None:
                 "malformed": report.malformed,
             },
             "seeds": {"good": sum(g for *_, g in seeds), "poor": sum(not g for *_, g in seeds)},
-            "by_source": _by_source(kept, dropped),
+            "by_source": by_source(kept, dropped),
             "by_reason": dict(report.reasons),
-            "auc": _auc(kept, dropped, space.seed),
-            "scores": _histogram(kept, dropped),
+            "auc": auc(kept, dropped, space.seed),
+            "scores": histogram(kept, dropped),
             "judge": judged,
             "kept_characters": sum(len(r["text"]) for r in kept),
-            "examples": _examples(kept, dropped),
+            "examples": examples(kept, dropped),
         }
     )
 
@@ -161,109 +161,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in stream]
 
 
-def _by_source(kept: list[dict], dropped: list[dict]) -> list[dict[str, Any]]:
-    names = sorted({r["source"] for r in [*kept, *dropped]})
-    rows = []
-    for name in names:
-        mine = [r for r in kept if r["source"] == name]
-        others = [r for r in dropped if r["source"] == name]
-        rows.append(
-            {
-                "source": name,
-                "good": (mine or others)[0]["from_good"],
-                "seen": (mine or others)[0]["seen"],
-                "kept": len(mine),
-                "dropped": len(others),
-                "share_kept": len(mine) / (len(mine) + len(others)),
-            }
-        )
-    return rows
-
-
-def _auc(kept: list[dict], dropped: list[dict], seed: int) -> dict[str, Any]:
-    """How well the score tells good sources from poor: on those it learned from, on the others."""
-    import ultraclean
-
-    result = {}
-    for name, seen in (("seen sources", True), ("unseen sources", False)):
-        rows = [r for r in [*kept, *dropped] if r["seen"] == seen]
-        labels = [bool(r["from_good"]) for r in rows]
-        if len(set(labels)) < 2:
-            continue  # without both kinds there is nothing to rank
-        scores = [r["ultraclean_score"] for r in rows]
-        value, low, high = ultraclean.bootstrap_auc(scores, labels, seed=seed)
-        result[name] = {"value": value, "low": low, "high": high, "passages": len(rows)}
-    return result
-
-
-def _histogram(kept: list[dict], dropped: list[dict]) -> dict[str, list[int]]:
-    """Counts of scores in twenty equal bins, for each kind of source."""
-    bins: dict[str, list[int]] = {}
-    for row in [*kept, *dropped]:
-        kind = "good" if row["from_good"] else "poor"
-        kind += ", seen" if row["seen"] else ", unseen"
-        counts = bins.setdefault(kind, [0] * 20)
-        counts[min(int(row["ultraclean_score"] * 20), 19)] += 1
-    return dict(sorted(bins.items()))
-
-
-def _judge(
-    config: CleanConfig, kept: list[dict], dropped: list[dict], space: Workspace
-) -> dict[str, Any]:
-    """Loss per byte of a model that had no part in the choice, on passages drawn from each side."""
-    with needs("cpmcu", "clean"):
-        from cpmcu import Engine
-
-    engine = Engine.from_pretrained(model_path(config.judge), threads=space.threads)
-    draw = random.Random(space.seed)
-    # Only what the score decided: a duplicate is dropped whatever its quality.
-    low = [r for r in dropped if r["ultraclean_reason"] == "score"]
-    chosen = {
-        side: draw.sample(rows, min(config.judge_passages, len(rows)))
-        for side, rows in (("kept", kept), ("dropped", low))
-    }
-    total = sum(map(len, chosen.values()))
-    losses: list[float] = []
-    for row in [row for rows in chosen.values() for row in rows]:
-        [score] = engine.score([row["text"][:JUDGED_CHARS]])
-        losses.append(-score.log_likelihood / max(1, score.bytes))
-        space.progress("an LLM judges kept and dropped text", 0.5 + 0.5 * len(losses) / total)
-    result: dict[str, Any] = {"model": config.judge}
-    for side, rows in chosen.items():
-        mine, losses = losses[: len(rows)], losses[len(rows) :]
-        mean = sum(mine) / len(mine) if mine else float("nan")
-        spread = sum((x - mean) ** 2 for x in mine) / max(1, len(mine) - 1)
-        result[side] = {
-            "nats_per_byte": mean,
-            "standard_error": (spread / max(1, len(mine))) ** 0.5,
-            "passages": len(mine),
-        }
-    return result
-
-
-def _examples(kept: list[dict], dropped: list[dict]) -> dict[str, list[dict[str, Any]]]:
-    """Passages at the ends and beside the threshold, where a reader learns most."""
-
-    def show(row: dict) -> dict[str, Any]:
-        return {
-            "source": row["source"],
-            "score": row["ultraclean_score"],
-            "text": row["text"][:400],
-        }
-
-    by_score = sorted(kept, key=lambda r: (-r["ultraclean_score"], r["id"]))
-    low = sorted(
-        (r for r in dropped if r["ultraclean_reason"] == "score"),
-        key=lambda r: (r["ultraclean_score"], r["id"]),
-    )
-    return {
-        "kept, surest": [show(r) for r in by_score[:2]],
-        "kept, barely": [show(r) for r in by_score[-2:]],
-        "dropped, barely": [show(r) for r in low[-2:]],
-        "dropped, surest": [show(r) for r in low[:2]],
-    }
-
-
 def estimate(config: CleanConfig, inputs: dict[str, Path]) -> Estimate:
     """The model's two matrices dominate memory and disk; reading and judging dominate time."""
     matrix = config.bucket * config.dim * 4
@@ -301,7 +198,12 @@ STAGE = Stage(
         "classifier": "classifier",
         "metrics": "metrics.json",
     },
-    sources=("ultraclean", "minicpm4.stages.clean", "minicpm4.pipeline.text"),
+    sources=(
+        "ultraclean",
+        "minicpm4.stages.clean",
+        "minicpm4.stages.measures",
+        "minicpm4.pipeline.text",
+    ),
     external=external,
     check=check,
 )
