@@ -96,7 +96,7 @@ def test_haystacks(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("task", ["niah_single_1", "niah_single_2", "niah_multikey_2"])
 def test_depths_cover_the_context(task: str, tokenizer: Any) -> None:
-    samples = testbed.ruler(task, 768, 60, 0, tokenizer)
+    samples = testbed.ruler(task, 640, 40, 0, tokenizer)
     depths = sorted(s.depths[0] for s in samples)
     assert depths[0] < 0.15 and depths[-1] > 0.85
     assert 0.35 < sum(depths) / len(depths) < 0.65
