@@ -135,7 +135,7 @@ def fetch() -> list[str]:
     by_hand = f"pip install --no-deps {' '.join(missing)}"
     if importlib.util.find_spec("pip") is None:
         raise ImportError(f"this environment has no pip; run with your own installer: {by_hand}")
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", *missing]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *missing]
     code = subprocess.run(command, check=False).returncode
     if code != 0:
         raise ImportError(f"pip ended with code {code}, see its message above; it ran: {by_hand}")
