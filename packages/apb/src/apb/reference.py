@@ -1,4 +1,4 @@
-"""APB's prefill and decode of one attention layer, as in the paper, never optimised.
+"""APB's prefill and decode of one attention layer in plain PyTorch, never optimised.
 
 B: batch; Hq, Hkv: query and KV heads, Hq = G * Hkv, query head i reads KV head i // G; T: tokens,
 the query's and then the document's; D: head dimension; P, A, L: keys passed, of the anchor, local.
