@@ -37,8 +37,7 @@ def attend(
     lse = logits.logsumexp(-1)
     empty = lse == -math.inf
     weights = (logits - lse.masked_fill(empty, 0)[..., None]).exp()
-    # A key that no query may see is gathered only as filler: its value must not reach the sum.
-    out = weights @ values.masked_fill(hidden[..., None], 0)
+    out = weights @ values
     return (
         out.transpose(2, 3).reshape(B, H, T, D).to(q.dtype),
         lse.transpose(2, 3).reshape(B, H, T),

@@ -38,7 +38,7 @@ def select(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
     # While every block fits into the budget there is nothing to score, and often no key to
     # compress.
     scored_from = max(S - T, config.budget * config.block_size)
-    fine, coarse = _compress(k.to(dtype).reshape(B * K, S, D), config, needed=scored_from < S)
+    fine, coarse = _compress(k.reshape(B * K, S, D), dtype, config, needed=scored_from < S)
 
     start = S - T
     while start < S:
@@ -62,12 +62,14 @@ def _all_blocks(out_MRn: Tensor, start: int, block_size: int) -> None:
     out_MRn.copy_(torch.where(block <= own, block, -1))
 
 
-def _compress(k_MSD: Tensor, config: InfLLMv2Config, *, needed: bool) -> tuple[Tensor, Tensor]:
+def _compress(
+    k_MSD: Tensor, dtype: torch.dtype, config: InfLLMv2Config, *, needed: bool
+) -> tuple[Tensor, Tensor]:
     """Fine and coarse compressed keys from sums over strides, so that each key is read once."""
     stride = config.kernel_stride
     M, S, D = k_MSD.shape
     steps = S // stride if needed else 0
-    sums = k_MSD[:, : steps * stride].view(M, steps, stride, D).sum(2)
+    sums = k_MSD[:, : steps * stride].unflatten(1, (steps, stride)).sum(2, dtype=dtype)
     fine = _windows(sums, config.kernel_size // stride) / config.kernel_size
     if config.lse == "exact":
         return fine, fine
