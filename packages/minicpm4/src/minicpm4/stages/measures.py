@@ -9,7 +9,7 @@ from minicpm4.pipeline.models import model_path
 from minicpm4.pipeline.stage import Workspace, needs
 
 # Enough of a passage to tell its quality, and a tenth of the time of all of it.
-JUDGED_CHARS = 1200
+JUDGED_CHARS = 900
 
 
 def by_source(kept: list[dict], dropped: list[dict]) -> list[dict[str, Any]]:

@@ -56,13 +56,7 @@ def run(config: SparseStageConfig, inputs: dict[str, Path], space: Workspace) ->
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, local_files_only=True
     ).eval()
-    sparse = infllm2.InfLLMv2Config(
-        block_size=config.block_size,
-        init_blocks=config.init_blocks,
-        window_size=config.window_size,
-        topk=config.topk,
-        dense_len=0,
-    )
+    sparse = _sizes(config)
     done, results, seconds = 0, [], []
     for task, tokens in cases:
         samples = testbed.ruler(task, tokens, config.samples, space.seed, tokenizer)
@@ -106,6 +100,20 @@ def run(config: SparseStageConfig, inputs: dict[str, Path], space: Workspace) ->
         }
     )
     space.write_timings({"attention_seconds": seconds})
+
+
+def _sizes(config: SparseStageConfig) -> Any:
+    """The tool's configuration; it refuses sizes that do not fit together."""
+    with needs("infllm2", "sparse"):
+        from infllm2 import InfLLMv2Config
+
+    return InfLLMv2Config(
+        block_size=config.block_size,
+        init_blocks=config.init_blocks,
+        window_size=config.window_size,
+        topk=config.topk,
+        dense_len=-1,
+    )
 
 
 def _answer(model, tokenizer, sample, sparse, config: SparseStageConfig) -> dict[str, Any]:  # noqa: ANN001
@@ -164,6 +172,7 @@ def _visited(model, tokenizer, sparse, config: SparseStageConfig, seed: int) -> 
 
 def check(config: SparseStageConfig) -> None:
     """The model must exist, and its context must hold the longest prompt."""
+    _sizes(config)
     path = model_path(config.model)
     limit = json.loads((path / "config.json").read_text(encoding="utf-8")).get(
         "max_position_embeddings"
