@@ -40,8 +40,6 @@ class SparseStageConfig(StageConfig):
 
 def run(config: SparseStageConfig, inputs: dict[str, Path], space: Workspace) -> None:
     """Answer each prompt twice."""
-    with needs("infllm2", "sparse"):
-        import infllm2
     with needs("testbed", "sparse"):
         import testbed
     import torch
