@@ -1,0 +1,125 @@
+"""What every benchmark here shares: interleaved timing behind a correctness gate, one JSON format.
+
+A benchmark is a list of `Case`s handed to `main`. For each, ours and the peer's results are
+compared first; a wrong result is never timed. Then both run in turn, warm, and pairs are compared.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: two ways to do the same work.
+
+    Attributes:
+        name: what is measured, with its sizes.
+        unit: of the result, "higher is better": work / seconds, such as "tokens/s".
+        work: how much of it one call does.
+        ours, peer: callables that return what `check` compares.
+        peer_name: the fastest way a user has today.
+        check: raises AssertionError when the two results are not the same.
+        bound: physical or theoretical limit in the same unit, where one is known.
+        bar: smallest ratio that counts as passed, where one was set.
+    """
+
+    name: str
+    unit: str
+    work: float
+    ours: Callable[[], Any]
+    peer: Callable[[], Any]
+    peer_name: str
+    check: Callable[[Any, Any], None]
+    bound: float | None = None
+    bar: float | None = None
+
+
+def environment() -> dict[str, Any]:
+    """Processor, threads, versions, commit: what a number depends on."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [li for li in info.read_text().splitlines() if li.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "numpy", "fasttext-community"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
+    ).stdout.strip()
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "commit": commit or "unknown",
+    }
+
+
+def measure(case: Case, repeats: int = REPEATS) -> dict[str, Any]:
+    """Gate, warm up, time in turn; a row in the format of docs/architecture.md.
+
+    `ratio` is the median of the pairs' ratios, which drifts less than the ratio of the medians.
+    """
+    case.check(case.ours(), case.peer())
+    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+    for _ in range(repeats):
+        for side, call in (("ours", case.ours), ("peer", case.peer)):
+            start = time.perf_counter()
+            call()
+            seconds[side].append(time.perf_counter() - start)
+    ratios = [p / o for o, p in zip(seconds["ours"], seconds["peer"], strict=True)]
+    ratio = statistics.median(ratios)
+    row = {
+        "name": case.name,
+        "unit": case.unit,
+        "ours": case.work / statistics.median(seconds["ours"]),
+        "peer": case.work / statistics.median(seconds["peer"]),
+        "peer_name": case.peer_name,
+        "ratio": ratio,
+        "spread": [min(ratios), max(ratios)],
+        "bound": case.bound,
+        "bar": case.bar,
+        "pass": None if case.bar is None else ratio >= case.bar,
+    }
+    return row
+
+
+def main(tool: str, cases: Sequence[Case]) -> None:
+    """Measure all cases, print a table, write results/<tool>.json, print that JSON last."""
+    rows = []
+    print(f"{'case':<52} {'ours':>12} {'peer':>12} {'ratio':>7}  unit, peer")
+    for case in cases:
+        row = measure(case)
+        rows.append(row)
+        print(
+            f"{row['name']:<52} {row['ours']:>12,.1f} {row['peer']:>12,.1f} {row['ratio']:>6.2f}×  "
+            f"{row['unit']}, {row['peer_name']}",
+            flush=True,
+        )
+    result = {"tool": tool, "env": environment(), "rows": rows}
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(result)
+    (RESULTS / f"{tool}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(text)
+    sys.stdout.flush()
