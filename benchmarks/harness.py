@@ -19,6 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# A benchmark is named after the tool that it measures: once this file is found, its folder must not
+# be searched any more, or `import infllm2` would find the benchmark instead of the tool.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parent]
+
 RESULTS = Path(__file__).parent / "results"
 REPEATS = 7
 

@@ -14,7 +14,7 @@ from harness import Case, main
 
 import testbed
 import ultraclean
-from ultraclean.classifier import predict
+from ultraclean.library import predict
 
 
 def cases() -> list[Case]:
@@ -40,7 +40,7 @@ def cases() -> list[Case]:
             return library.predict(texts, k=2)
 
         def check(scores, _, library=library, texts=texts) -> None:
-            wanted = np.array([predict(library, t) for t in texts])
+            wanted = predict(library, texts)
             assert np.abs(scores - wanted).max() < 1e-5, "the collapsed scores differ"
 
         name = f"score {len(texts)} passages, dim {dim}, 3-grams, 2M buckets"

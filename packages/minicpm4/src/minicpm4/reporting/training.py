@@ -83,8 +83,8 @@ def ternary(name: str, metrics: dict[str, Any], full: dict[str, Any] | None) -> 
                         f"{size['matrices packed'] / size['matrices bf16']:.1%}",
                     ],
                 ],
-                "Embedding and norms stay in bf16; in a model this small the embedding is a third "
-                "of it, in MiniCPM4-8B it is four hundredths.",
+                "Embedding and norms stay in bf16. In a model this small the embedding is a third "
+                "of all parameters; in MiniCPM4-8B embedding and head are a fourteenth.",
             ),
         ],
     )

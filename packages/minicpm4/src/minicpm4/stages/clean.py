@@ -31,6 +31,7 @@ class CleanConfig(StageConfig):
     )
     seed_share: float = Field(default=0.4, gt=0, lt=1, description="share of their documents used")
     passage_chars: int = Field(default=2000, ge=200, description="documents are cut to this length")
+    min_chars: int = Field(default=200, ge=0, description="shorter passages are dropped unread")
     max_passages: int = Field(default=0, ge=0, description="most passages of a source; 0 = all")
     dim: int = Field(default=256, ge=1, description="fastText: width of the embedding")
     bucket: int = Field(default=2_000_000, ge=1, description="fastText: rows for word n-grams")
@@ -86,7 +87,12 @@ def run(config: CleanConfig, inputs: dict[str, Path], space: Workspace) -> None:
     space.progress("scoring the pool", 0.3)
     filtered = space.path / "filtered"
     report = ultraclean.filter_corpus(
-        [pool_file], filtered, classifier, threshold=config.threshold, drop_duplicates=True
+        [pool_file],
+        filtered,
+        classifier,
+        threshold=config.threshold,
+        min_chars=config.min_chars,
+        drop_duplicates=True,
     )
 
     space.progress("measuring", 0.5)
@@ -133,7 +139,10 @@ def _divide(config: CleanConfig) -> tuple[list[Labelled], list[Labelled]]:
             found = sorted(found, key=lambda p: rank(p.id, "take"))[: config.max_passages]
         for passage in found:
             is_seed = name in config.seeds and in_share(passage.id, config.seed_share, "seed")
-            (seeds if is_seed else pool).append((passage, name, good))
+            if is_seed and len(passage.text) >= config.min_chars:
+                seeds.append((passage, name, good))
+            elif not is_seed:
+                pool.append((passage, name, good))
     return seeds, pool
 
 
