@@ -84,11 +84,71 @@ def test_another_tokenizer_is_refused(
     config = ClassifierConfig(
         dim=4, bucket=1000, min_count=1, normaliser="ultrafine", tokenizer=str(path)
     )
-    train(prose[:50], shuffled[:50], config, tmp_path / "bpe")
-    assert 0 <= Classifier.load(tmp_path / "bpe").score(["hello"])[0] <= 1
-    path.write_text(path.read_text() + " ")
-    with pytest.raises(ValueError, match="trained with another tokenizer"):
+    before = train(prose[:50], shuffled[:50], config, tmp_path / "bpe").score(prose[:5])
+    path.unlink()  # the folder has its own
+    assert (Classifier.load(tmp_path / "bpe").score(prose[:5]) == before).all()
+    own = tmp_path / "bpe" / "tokenizer.json"
+    own.write_text(own.read_text() + " ")
+    with pytest.raises(ValueError, match=r"tokenizer.json changed since training"):
         Classifier.load(tmp_path / "bpe")
+
+
+def test_a_normaliser_that_works_differently_now_is_refused(
+    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ultraclean import normalise
+
+    monkeypatch.setitem(normalise._PLAIN, "ultrafine-words", str.upper)
+    with pytest.raises(ValueError, match="'ultrafine-words' that works differently"):
+        Classifier.load(classifier.folder)
+
+
+def test_labels_and_ends_in_a_text_do_not_reach_the_trainer(tmp_path: Path) -> None:
+    config = ClassifierConfig(dim=4, bucket=100, min_count=1, lr=0.5, normaliser="dclm")
+    plain = train(["a b c"] * 9, ["d e f"] * 9, config, tmp_path / "plain")
+    soiled = train(
+        ["a __label__neg b __label__other c </s> d e f"] * 9,
+        ["d\ne\tf\0</s>\n__label__pos a"] * 9,
+        config,
+        tmp_path / "soiled",
+    )
+    assert sha256(soiled.folder / "model.bin") == sha256(plain.folder / "model.bin")
+
+
+def test_training_and_scoring_cut_words_alike(tmp_path: Path) -> None:
+    # To fastText U+00A0 and U+0085 are letters; to Python's split they are spaces.
+    config = ClassifierConfig(dim=4, bucket=100, min_count=1, normaliser="whitespace")
+    for name in ("dclm", "ultrafine-words", "zh-char"):
+        made = train(
+            ["a\u00a0b c\x85d"] * 9, ["x y"] * 9,
+            ClassifierConfig(**{**config.to_dict(), "normaliser": name}), tmp_path / name,
+        )  # fmt: skip
+        words = made.normaliser("a\u00a0b c\x85d").encode().split(b" ")
+        assert set(words) <= set(made.scorer.words), name
+
+
+def test_reference_backend_checks_and_may_miss_its_model(
+    classifier: Classifier, prose: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(classifier.folder, folder)
+    (folder / "model.bin").write_bytes(b"other")
+    copy = Classifier.load(folder)
+    with pytest.raises(ValueError, match=r"model.bin changed since training"):
+        copy.score(prose[:1], backend="reference")
+    (folder / "model.bin").unlink()
+    assert (Classifier.load(folder).score(prose[:9]) == classifier.score(prose[:9])).all()
+    with pytest.raises(FileNotFoundError, match=r"model.bin does not exist"):
+        copy.score(prose[:1], backend="reference")
+
+
+def test_every_row_is_initialised_with_one_thread(prose: list[str], tmp_path: Path) -> None:
+    """Older fastText left nine tenths of the matrix at zero; seeds would not be repeatable."""
+    import fasttext
+
+    made = train(prose[:50], prose[50:100], SMALL, tmp_path / "x")
+    rows = fasttext.load_model(str(made.folder / "model.bin")).get_input_matrix()
+    assert (rows != 0).any(axis=1).all()
 
 
 @pytest.mark.parametrize(
@@ -108,5 +168,34 @@ def test_too_little_text_is_an_error(good, bad, message: str, tmp_path: Path) ->
 def test_manifest_records_the_configuration(classifier: Classifier) -> None:
     manifest = json.loads((classifier.folder / "manifest.json").read_text())
     assert manifest["config"] == SMALL.to_dict()
-    with pytest.raises(ValueError, match="dim must be at least 1, got 0"):
-        ClassifierConfig(dim=0)
+    assert ClassifierConfig.from_dict(manifest["config"]) == SMALL
+    assert "fasttext" in manifest["library"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"dim": 0}, r"dim must be at least 1 .* got 0"),
+        ({"dim": 2.5}, r"dim must be a whole number, got 2.5"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"lr": float("nan")}, "lr must be a positive number"),
+        ({"normaliser": "x"}, "unknown normaliser 'x'"),
+        ({"normaliser": "ultrafine"}, "needs tokenizer=PATH"),
+        ({"tokenizer": "t.json"}, "takes no tokenizer"),
+    ],
+)
+def test_bad_settings(setting: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClassifierConfig(**setting)
+
+
+def test_unknown_setting() -> None:
+    with pytest.raises(ValueError, match="width: no setting"):
+        ClassifierConfig.from_dict({"width": 3})
+
+
+def test_divergence_is_the_users_to_mend(prose: list[str], tmp_path: Path) -> None:
+    config = ClassifierConfig(dim=4, bucket=10, min_count=1, lr=1e38)
+    with pytest.raises(ValueError, match=r"diverged with lr=1e\+38: lower lr"):
+        train(prose[:20], prose[20:40], config, tmp_path / "x")
+    assert not list(tmp_path.iterdir())

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from ultraclean import (
     auc,
     bootstrap_auc,
+    bootstrap_f1,
+    by_source,
     calibration,
     precision_recall_f1,
     threshold_for_budget,
+    threshold_for_percentile,
 )
 
 labelled = st.lists(
@@ -74,6 +77,39 @@ def test_budget_is_reached_and_no_higher_threshold_reaches_it(rows, keep: float)
 
     assert kept(threshold) >= keep - 1e-9
     assert kept(threshold + 0.5) < keep or threshold == max(scores) == threshold + 0.5
+
+
+def test_interval_of_f1_is_that_of_drawing_texts_again() -> None:
+    draw = np.random.default_rng(2)
+    scores = np.r_[draw.normal(1, 1, 200), draw.normal(0, 1, 300)]
+    labels = np.r_[np.ones(200, bool), np.zeros(300, bool)]
+    value, low, high = bootstrap_f1(scores, labels, 0.5)
+    assert value == precision_recall_f1(scores, labels, 0.5).f1
+    again = []
+    for _ in range(2000):  # the long way
+        drawn = np.r_[draw.choice(scores[:200], 200), draw.choice(scores[200:], 300)]
+        again.append(precision_recall_f1(drawn, labels, 0.5).f1)
+    np.testing.assert_allclose((low, high), np.percentile(again, [2.5, 97.5]), atol=0.01)
+
+
+def test_rows_by_source() -> None:
+    scores, labels = [0.9, 0.4, 0.8, 0.1, 0.2], [True, True, False, False, False]
+    a, b_good, b_bad = by_source(scores, labels, ["a", "b", "b", "b", "b"])
+    assert (a.source, a.good, a.texts, a.share_kept, a.auc) == ("a", True, 1, 1.0, 1.0)
+    assert (b_good.source, b_good.good, b_good.auc) == ("b", True, pytest.approx(2 / 3))
+    assert (b_bad.texts, b_bad.share_kept) == (3, pytest.approx(1 / 3))
+    assert b_bad.mean_score == pytest.approx(1.1 / 3)
+    assert b_bad.auc == auc(scores, labels)  # all the bad texts are of that source
+    with pytest.raises(ValueError, match="one source for each score"):
+        by_source(scores, labels, ["a"])
+
+
+@given(st.lists(st.integers(0, 9), min_size=1), st.integers(0, 99))
+def test_percentile_keeps_its_share(scores: list[int], percentile: int) -> None:
+    threshold = threshold_for_percentile(scores, percentile)
+    above = sum(s > threshold for s in scores)
+    kept = sum(s >= threshold for s in scores)
+    assert above * 100 < (100 - percentile) * len(scores) + 1e-6 <= kept * 100 + 1e-3
 
 
 def test_errors() -> None:

@@ -17,7 +17,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ultraclean import Classifier, filter_corpus
+from ultraclean import Classifier, filter_corpus, outputs, threshold_for_corpus
 
 SCRIPT = Path(sys.executable).parent / "ultraclean"
 
@@ -131,7 +131,8 @@ def test_killed_anywhere_it_ends_byte_for_byte_the_same(
     path = write(tmp_path / "in.jsonl", records)
     filter_corpus([path], tmp_path / "whole", classifier, drop_duplicates=True)
     program = textwrap.dedent(f"""
-        import ultraclean
+        import ultraclean, ultraclean.outputs
+        ultraclean.outputs.SAVE_SECONDS = 0  # so that each kill finds something to go on from
         ultraclean.filter_corpus([{str(path)!r}], {str(tmp_path / "killed")!r},
             ultraclean.Classifier.load({str(classifier.folder)!r}), drop_duplicates=True)
     """)
@@ -200,3 +201,125 @@ def test_command_ends_with_one_line_and_code_2(
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+def test_a_folder_is_held_against_a_second_run(
+    classifier: Classifier, prose: list[str], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "in.jsonl", [{"text": prose[0]}])
+    with (
+        outputs.only_run(tmp_path / "out"),
+        pytest.raises(ValueError, match="another run is writing into"),
+    ):
+        filter_corpus([path], tmp_path / "out", classifier)
+
+
+def test_start_over_and_strangers_files(
+    classifier: Classifier, prose: list[str], tmp_path: Path
+) -> None:
+    path, out = write(tmp_path / "in.jsonl", [{"text": t} for t in prose[:20]]), tmp_path / "out"
+    filter_corpus([path], out, classifier)
+    (out / "mine.txt").write_text("stays")
+    assert filter_corpus([path], out, classifier, threshold=0, resume=False).kept == 20
+    assert (out / "mine.txt").read_text() == "stays"
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/kept.jsonl").write_text("precious\n")
+    with pytest.raises(ValueError, match=r"kept.jsonl is not ours"):
+        filter_corpus([path], tmp_path / "foreign", classifier)
+    assert (tmp_path / "foreign/kept.jsonl").read_text() == "precious\n"
+
+
+def test_strict_names_the_line(classifier: Classifier, prose: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"text": prose[0]}) + "\n\n{broken\n")
+    with pytest.raises(ValueError, match=r"in.jsonl:3: bad JSON \(strict\)"):
+        filter_corpus([path], tmp_path / "out", classifier, strict=True)
+
+
+def test_a_line_without_end_does_not_fill_the_memory(
+    classifier: Classifier, prose: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(
+        json.dumps({"text": "x" * 5000}) + "\n" + json.dumps({"text": prose[0], "n": 1}) + "\n"
+    )
+    report = filter_corpus([path], tmp_path / "out", classifier, threshold=0, max_bytes=4096)
+    assert (report.kept, report.malformed_reasons) == (1, {"too long": 1})
+    assert (tmp_path / "out/malformed.jsonl").stat().st_size < 2000
+
+
+def test_budget_ignores_malformed_lines_and_what_heuristics_drop(
+    classifier: Classifier, prose: list[str], shuffled: list[str], tmp_path: Path
+) -> None:
+    records = [{"text": t} for t in (prose + shuffled)[:300]]
+    path = write(tmp_path / "in.jsonl", [*records, *records, {"text": "short"}])
+    path.write_text("{broken\n" + path.read_text())
+    rules = {"min_chars": 20, "drop_duplicates": True}
+    threshold = threshold_for_corpus([path], classifier, 0.4, **rules)
+    report = filter_corpus([path], tmp_path / "out", classifier, threshold=threshold, **rules)
+    assert report.malformed == 1 and report.reasons["duplicate"] >= 300
+    kept = [json.loads(x) for x in (tmp_path / "out/kept.jsonl").read_text().splitlines()]
+    # Brute force: the share of characters at this threshold, and at the next higher one.
+    texts = {r["text"] for r in records}
+    total, chars = sum(map(len, texts)), [len(k["text"]) for k in kept]
+    worst = min(k["ultraclean_score"] for k in kept)
+    above = sum(len(k["text"]) for k in kept if k["ultraclean_score"] > worst)
+    assert above / total < 0.4 <= sum(chars) / total
+    (tmp_path / "none.jsonl").write_text("{broken\n")
+    with pytest.raises(ValueError, match="no usable text on 1 lines"):
+        threshold_for_corpus([tmp_path / "none.jsonl"], classifier, 0.4)
+
+
+def test_report_shows_the_surest_and_the_closest(
+    classifier: Classifier, prose: list[str], shuffled: list[str], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "in.jsonl", [{"text": t} for t in prose[:99] + shuffled[:99]])
+    report = filter_corpus([path], tmp_path / "out", classifier, min_chars=10)
+    kept, dropped = (
+        sorted(
+            json.loads(line)["ultraclean_score"]
+            for line in (tmp_path / f"out/{name}.jsonl").read_text().splitlines()
+        )
+        for name in ("kept", "rejected")
+    )
+    shown = {name: [e["score"] for e in found] for name, found in report.examples.items()}
+    assert shown == {
+        "kept, surest": kept[-3:][::-1],
+        "kept, barely": kept[:3],
+        "dropped, barely": dropped[-3:][::-1],
+        "dropped, surest": dropped[:3],
+    }
+
+
+def test_many_sources_are_counted_together(classifier: Classifier, tmp_path: Path) -> None:
+    path = write(tmp_path / "in.jsonl", [{"text": "one", "source": str(i)} for i in range(1500)])
+    report = filter_corpus([path], tmp_path / "out", classifier, threshold=0)
+    assert len(report.by_source) == 1001
+    assert report.by_source["(other sources)"]["kept"] == 500
+
+
+def test_commands_on_dirty_files(
+    classifier: Classifier, prose: list[str], shuffled: list[str], tmp_path: Path
+) -> None:
+    def run(*arguments: str) -> str:
+        return subprocess.run(
+            [SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path, check=True
+        ).stdout
+
+    folder = str(classifier.folder)
+    write(tmp_path / "good.jsonl", [{"text": t, "source": "a"} for t in prose[100:200]])
+    write(tmp_path / "bad.jsonl", [{"text": t, "source": "b"} for t in shuffled[100:200]])
+    (tmp_path / "dirty.jsonl").write_text((tmp_path / "good.jsonl").read_text() + "{broken\n")
+    done = json.loads(run("filter", folder, "dirty.jsonl", "bad.jsonl", "-o", "half",
+                          "--keep", "0.5", "--json"))  # fmt: skip
+    assert done["malformed_reasons"] == {"bad JSON": 1}
+    assert 90 <= done["kept"] <= 110 and done["threshold"] != 0.5
+    facts = json.loads(run("evaluate", folder, "--positives", "good.jsonl",
+                           "--negatives", "bad.jsonl", "--json"))  # fmt: skip
+    assert facts["f1_95"][0] <= facts["f1"] <= facts["f1_95"][1]
+    assert {(row["source"], row["texts"]) for row in facts["sources"]} == {("a", 100), ("b", 100)}
+    assert "words that speak against" in run("inspect", folder)
+    refused = subprocess.run([SCRIPT, "score", folder, "dirty.jsonl", "-o", "s.jsonl"],
+                             capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+    assert refused.returncode == 2 and "dirty.jsonl:101: bad JSON" in refused.stderr
+    assert not (tmp_path / "s.jsonl").exists()

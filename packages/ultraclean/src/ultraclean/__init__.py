@@ -10,21 +10,27 @@ __version__ = importlib.metadata.version("minicpm4-ultraclean")
 
 # Where each public name lives. Imported on first use, so that `import ultraclean` stays quick.
 _HOME = {
+    "NORMALISERS": "normalise",
     "Classifier": "classifier",
     "ClassifierConfig": "config",
-    "FilterReport": "filter",
+    "FilterReport": "report",
     "Normaliser": "normalise",
     "Scorer": "scorer",
     "auc": "evaluate",
     "bootstrap_auc": "evaluate",
+    "bootstrap_f1": "evaluate",
+    "by_source": "evaluate",
     "calibration": "evaluate",
     "filter_corpus": "filter",
     "precision_recall_f1": "evaluate",
     "threshold_for_budget": "evaluate",
+    "threshold_for_corpus": "filter",
+    "threshold_for_percentile": "evaluate",
     "train": "classifier",
 }
 
 __all__ = [
+    "NORMALISERS",
     "Classifier",
     "ClassifierConfig",
     "FilterReport",
@@ -32,10 +38,14 @@ __all__ = [
     "Scorer",
     "auc",
     "bootstrap_auc",
+    "bootstrap_f1",
+    "by_source",
     "calibration",
     "filter_corpus",
     "precision_recall_f1",
     "threshold_for_budget",
+    "threshold_for_corpus",
+    "threshold_for_percentile",
     "train",
 ]
 

@@ -6,24 +6,25 @@ import hashlib
 import json
 import os
 import random
-import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import fields
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ultraclean import library
 from ultraclean._files import atomic_path, sha256, write_json
 from ultraclean.config import ClassifierConfig
 from ultraclean.normalise import Normaliser
+from ultraclean.reference import END, tokens
 from ultraclean.scorer import Scorer, collapse
 
 if TYPE_CHECKING:
     from fasttext.FastText import _FastText
 
 Backend = Literal["auto", "collapsed", "reference"]
-_FILES = ("model.bin", "scalars.npy", "words.txt")
+_MODEL, _TABLE, _TOKENIZER = "model.bin", ("scalars.npy", "words.txt"), "tokenizer.json"
 
 
 def train(
@@ -37,6 +38,10 @@ def train(
     The larger class is cut to the size of the smaller by a draw with the configuration's seed.
     With `threads=1` the same text and configuration give the same bytes.
 
+    The folder holds `model.bin` (fastText's, needed only by the reference backend), `scalars.npy`
+    and `words.txt` (the collapsed table), `tokenizer.json` if the normaliser has one, and
+    `manifest.json`.
+
     Args:
         positives: raw texts of the kind to keep.
         negatives: raw texts of the kind to drop.
@@ -44,7 +49,7 @@ def train(
         output: the folder to write; replaced if it exists.
 
     Raises:
-        ValueError: a class without a text, or words too rare for `min_count`.
+        ValueError: a class without a text, words too rare for `min_count`, or updates that diverge.
         ImportError: fastText is not installed.
     """
     normaliser = Normaliser(config.normaliser, config.tokenizer)
@@ -52,8 +57,8 @@ def train(
     classes = {"pos": _prepare(positives, normaliser), "neg": _prepare(negatives, normaliser)}
     for label, texts in classes.items():
         if not texts:
-            raise ValueError(f"no {label}itive text to learn from" if label == "pos" else
-                             "no negative text to learn from")  # fmt: skip
+            raise ValueError(f"no {'positive' if label == 'pos' else 'negative'} text to learn "
+                             "from: each class needs at least one with a word in it")  # fmt: skip
     size = min(map(len, classes.values()))
     lines = [
         f"__label__{label} {text}"
@@ -63,105 +68,71 @@ def train(
     draw.shuffle(lines)
     with atomic_path(output) as folder:
         folder.mkdir()
-        model = _fit(lines, config)
-        model.save_model(str(folder / "model.bin"))
+        model = library.fit(lines, config, folder / "seeds.txt")
+        model.save_model(str(folder / _MODEL))
         _collapsed(model, config.word_ngrams).save(folder)
+        if config.tokenizer is not None:
+            shutil.copyfile(config.tokenizer, folder / _TOKENIZER)
         write_json(
             folder / "manifest.json",
             {
                 "format": 1,
                 "config": config.to_dict(),
                 "tokenizer_sha256": normaliser.tokenizer_hash,
+                "normaliser_fingerprint": normaliser.fingerprint,
                 "texts": {label: len(texts) for label, texts in classes.items()},
                 "texts_used": {label: size for label in classes},
-                "library": _library_version(),
-                "files": {name: sha256(folder / name) for name in _FILES},
+                "library": library.version(),
+                "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
             },
         )
     return Classifier.load(output)
 
 
 def _prepare(texts: Iterable[str], normaliser: Normaliser) -> list[str]:
-    """Normalised texts on one line each; empty ones teach nothing and are left out."""
-    return [" ".join(normaliser(text).split()) for text in texts if text.strip()]
+    """The words that scoring would see of each text; texts without one teach nothing.
 
-
-def _fit(lines: Sequence[str], config: ClassifierConfig) -> _FastText:
-    fasttext = _fasttext()
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "seeds.txt"
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        model = fasttext.train_supervised(
-            str(path),
-            dim=config.dim,
-            lr=config.lr,
-            wordNgrams=config.word_ngrams,
-            minCount=config.min_count,
-            epoch=config.epochs,
-            bucket=config.bucket,
-            thread=config.threads,
-            seed=config.seed,
-            minn=0,
-            maxn=0,
-            loss="softmax",
-            verbose=0,
-        )
-    if not model.get_words(on_unicode_error="replace"):
-        raise ValueError(
-            f"no word comes {config.min_count} times in the {len(lines)} seeds: give more seeds, "
-            "or lower min_count"
-        )
-    return model
+    A `__label__x` in a text would otherwise become a label of its line, even a new class, and the
+    library would read what follows a `</s>` as a line without a label.
+    """
+    lines = (
+        b" ".join(w for w in tokens(normaliser(text)) if w != END).decode()
+        for text in texts
+        if text.strip()  # or an empty page would teach the word that a newline becomes
+    )
+    return [line for line in lines if line]
 
 
 def _collapsed(model: _FastText, ngrams: int) -> Scorer:
     labels = model.get_labels()
     outputs = model.get_output_matrix()
-    positive, negative = (outputs[labels.index(f"__label__{n}")] for n in ("pos", "neg"))
+    positive, negative = (outputs[labels.index(label)] for label in library.LABELS)
     words = [w.encode("utf-8", "replace") for w in model.get_words(on_unicode_error="replace")]
     return Scorer(collapse(model.get_input_matrix(), positive, negative), words, ngrams)
 
 
-def _fasttext():  # noqa: ANN202 - a module
-    try:
-        import fasttext
-    except ImportError as error:
-        raise ImportError(
-            "training and the reference backend need fastText: pip install fasttext-community"
-        ) from error
-    return fasttext
-
-
-def _library_version() -> str:
-    import importlib.metadata
-
-    return f"fasttext-community {importlib.metadata.version('fasttext-community')}"
-
-
 class Classifier:
-    """A trained classifier.
-
-    Args:
-        folder: what `train` wrote.
+    """A trained classifier; open one with `Classifier.load`.
 
     Attributes:
+        folder: where it lies.
         config: how it was trained.
-        manifest: what is known about it.
-        scorer: the table of scalars.
+        manifest: all that is known about it.
+        normaliser: makes raw text into its words.
+        scorer: the table of scalars, for text that is normalised already.
     """
 
-    def __init__(self, folder: Path, manifest: dict) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
-        known = {f.name for f in fields(ClassifierConfig)}
-        self.config = ClassifierConfig(
-            **{k: v for k, v in manifest["config"].items() if k in known}
-        )
-        self.normaliser = Normaliser(self.config.normaliser, self.config.tokenizer)
-        if self.normaliser.tokenizer_hash != manifest["tokenizer_sha256"]:
+        self.config = ClassifierConfig.from_dict(manifest["config"])
+        tokenizer = None if self.config.tokenizer is None else folder / _TOKENIZER
+        self.normaliser = Normaliser(self.config.normaliser, tokenizer)
+        if self.normaliser.fingerprint != manifest["normaliser_fingerprint"]:
             raise ValueError(
-                f"{folder} was trained with another tokenizer than {self.config.tokenizer} now is: "
-                "its scores would mean nothing; restore that file or train again"
+                f"{folder} was trained with a normaliser {self.config.normaliser!r} that works "
+                "differently from this one (another version of ultraclean, or of Python's Unicode "
+                "tables): its scores would mean nothing; train again"
             )
         self.scorer = Scorer.load(folder, self.config.word_ngrams)
         self._model: _FastText | None = None
@@ -170,26 +141,29 @@ class Classifier:
     def load(cls, folder: str | os.PathLike[str]) -> Classifier:
         """Open a classifier folder; the table is memory-mapped, fastText is not needed.
 
+        `model.bin` may be missing: only the backend `reference` reads it.
+
         Raises:
             FileNotFoundError: no such folder, or a file is missing from it.
-            ValueError: a broken manifest, a damaged table, or another tokenizer.
+            ValueError: a broken manifest, a file changed since training, or a normaliser that no
+                longer does what it did when the classifier was trained.
         """
         path = Path(folder)
-        for name in ("manifest.json", *_FILES):
+        for name in ("manifest.json", *_TABLE):
             if not (path / name).is_file():
                 raise FileNotFoundError(
                     f"{path} is not a classifier: {name} is missing; make one with ultraclean train"
                 )
         try:
             manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-            damaged = [
-                n for n in _FILES[1:] if sha256(path / n) != manifest["files"][n]
-            ]  # the model itself may be gigabytes, and scoring does not read it
-        except (ValueError, KeyError, TypeError) as error:
+            if manifest["format"] != 1:
+                raise ValueError(f"format {manifest['format']}, this version reads 1")
+            # The model may be gigabytes, and scoring does not read it: checked when it is.
+            for name in manifest["files"].keys() - {_MODEL}:
+                _check(path / name, manifest["files"][name])
+            return cls(path, manifest)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}/manifest.json is broken ({error}): train again") from None
-        if damaged:
-            raise ValueError(f"{path}: {', '.join(damaged)} changed since training: train again")
-        return cls(path, manifest)
 
     def score(self, texts: Iterable[str], backend: Backend = "auto") -> np.ndarray:
         """P(good) of raw texts, fp32 `[texts]`, after the classifier's own normalisation.
@@ -197,30 +171,37 @@ class Classifier:
         Args:
             texts: raw texts, of any kind and length.
             backend: `collapsed`, the table of scalars; `reference`, fastText's own prediction
-                (needs the whole model in memory); `auto` takes `collapsed`.
+                (needs the library and the whole model in memory); `auto` takes `collapsed`,
+                whose scores do not depend on what is installed.
 
         Raises:
-            ValueError: unknown backend.
+            ValueError: unknown backend, or `model.bin` changed since training.
+            FileNotFoundError: the reference backend without `model.bin`.
         """
         if backend not in ("auto", "collapsed", "reference"):
             raise ValueError(f"unknown backend {backend!r}: auto, collapsed or reference")
-        words = (" ".join(self.normaliser(text).split("\n")) for text in texts)
+        words = map(self.normaliser, texts)
         if backend != "reference":
             return self.scorer.score(words)
         if self._model is None:
-            self._model = _fasttext().load_model(str(self.folder / "model.bin"))
-        return np.fromiter((predict(self._model, text) for text in words), dtype=np.float32)
+            if not (self.folder / _MODEL).is_file():
+                raise FileNotFoundError(
+                    f"{self.folder / _MODEL} does not exist: the backend reference needs it; "
+                    "restore it, or use backend='collapsed'"
+                )
+            _check(self.folder / _MODEL, self.manifest["files"][_MODEL])
+            self._model = library.load(self.folder / _MODEL)
+        return library.predict(self._model, words)
 
     @property
     def identity(self) -> str:
         """Hash of what decides a score: table, vocabulary, normaliser."""
-        facts = json.dumps([self.manifest["files"], self.manifest["config"]["normaliser"],
-                            self.manifest["tokenizer_sha256"]], sort_keys=True)  # fmt: skip
-        return hashlib.sha256(facts.encode()).hexdigest()
+        files = self.manifest["files"]
+        facts = [files.get(name) for name in (*_TABLE, _TOKENIZER)]
+        facts += [self.manifest["normaliser_fingerprint"], self.config.word_ngrams]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def predict(model: _FastText, text: str) -> float:
-    """P(__label__pos) by fastText itself, of one line of normalised text."""
-    labels, shares = model.predict([text], k=2)
-    found = dict(zip(labels[0], shares[0], strict=True))
-    return min(1.0, float(found["__label__pos"])) if found else 0.5
+def _check(path: Path, expected: str) -> None:
+    if not path.is_file() or sha256(path) != expected:
+        raise ValueError(f"{path} changed since training: restore it, or train again")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+import os
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ultraclean.normalise import NORMALISERS
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class ClassifierConfig:
     """How to train the fastText classifier.
 
@@ -19,12 +23,13 @@ class ClassifierConfig:
         bucket: rows shared by the hashed n-grams. Not stated in the paper; 2,000,000 matches the
             size of the released model (2M × 256 × 4 bytes).
         normaliser: how text is made into words; see `ultraclean.normalise`.
-        tokenizer: path of the `tokenizer.json` that the normaliser `ultrafine` cuts words with.
-        seed: of the shuffle, of the balancing and of fastText.
+        tokenizer: path of the `tokenizer.json` that the normaliser `ultrafine` cuts words with; a
+            copy goes into the classifier's folder.
+        seed: of the shuffle, of the balancing and of fastText, 0..2³¹−1.
         threads: 1 gives the same bytes each time; more is faster and fastText's updates then race.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value of another type or out of range, or a tokenizer missing or not wanted.
     """
 
     dim: int = 256
@@ -40,12 +45,39 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         """Refuse what fastText would crash on or silently ignore."""
-        for name in ("dim", "word_ngrams", "min_count", "epochs", "bucket", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+        for name in ("dim", "word_ngrams", "min_count", "epochs", "bucket", "threads", "seed"):
+            value, least = getattr(self, name), 0 if name == "seed" else 1
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+            if not least <= value < 2**31:
+                raise ValueError(f"{name} must be at least {least} and below 2**31, got {value}")
+        if not (isinstance(self.lr, int | float) and 0 < self.lr < math.inf):
+            raise ValueError(f"lr must be a positive number, got {self.lr!r}")
+        if self.normaliser not in NORMALISERS:
+            known = ", ".join(NORMALISERS)
+            raise ValueError(f"unknown normaliser {self.normaliser!r}: expected one of {known}")
+        if self.tokenizer is not None:
+            object.__setattr__(self, "tokenizer", os.fspath(self.tokenizer))  # JSON knows no Path
+        if (self.normaliser == "ultrafine") != (self.tokenizer is not None):
+            raise ValueError(
+                "normaliser 'ultrafine' needs tokenizer=PATH of a tokenizer.json; without one use "
+                "'ultrafine-words'"
+                if self.tokenizer is None
+                else f"normaliser {self.normaliser!r} takes no tokenizer: leave it out"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ClassifierConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key that is no setting, or a bad value.
+        """
+        unknown = values.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))}: no setting of a classifier; remove it")
+        return cls(**values)

@@ -10,18 +10,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+COLUMNS = ("ultraclean_score", "ultraclean_reason")
+"""What a filter adds to a line."""
+LONGEST = 1 << 24
+"""Bytes of the longest line that is read whole; a longer one is malformed, reason "too long"."""
+
 
 def open_text(path: Path) -> BinaryIO:
     """Open a .jsonl, .jsonl.gz or .jsonl.zst file for reading bytes.
 
     Raises:
         FileNotFoundError: there is no such file, or it is a folder.
+        ValueError: a compressed file without a byte.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(
             f"input {path} {what}: expected a .jsonl, .jsonl.gz or .jsonl.zst file"
         )
+    if path.suffix in (".gz", ".zst") and path.stat().st_size == 0:
+        raise ValueError(f"{path} is damaged or cut short (0 bytes): fetch or write it again")
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
@@ -64,19 +72,29 @@ class _Zstd(io.RawIOBase):
         return size
 
 
-def lines(path: Path, skip: int = 0) -> Iterator[tuple[int, bytes]]:
+def lines(path: Path, skip: int = 0, longest: int = LONGEST) -> Iterator[tuple[int, bytes]]:
     """(number from 1, content) of each line, beginning after `skip` lines.
 
+    Of a line of more than `longest` bytes only the first `longest` + 1 are given, so that one
+    without an end cannot fill the memory; `parse` knows it by that.
+
     Raises:
+        FileNotFoundError: there is no such file, or it is a folder.
         ValueError: the compressed stream is damaged or cut short, or the file is not text.
     """
     import zstandard
 
     try:
         with open_text(path) as stream:
-            for number, line in enumerate(stream, start=1):
-                if number == 1 and b"\0" in line[:4096]:
-                    raise ValueError(f"{path} is a binary file: expected JSON lines")
+            number = 0
+            while line := stream.readline(longest + 1):
+                number += 1
+                if number == 1:
+                    _refuse_binary(path, line)
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                rest = line
+                while len(rest) > longest and not rest.endswith(b"\n"):
+                    rest = stream.readline(longest + 1)
                 if number > skip:
                     yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
@@ -85,8 +103,24 @@ def lines(path: Path, skip: int = 0) -> Iterator[tuple[int, bytes]]:
         ) from None
 
 
-def parse(line: bytes, text_key: str) -> tuple[dict[str, Any] | None, str]:
-    """(record, "") for a usable line; (None, reason) for one that is not."""
+def _refuse_binary(path: Path, line: bytes) -> None:
+    for start, suffix in ((b"\x1f\x8b", ".gz"), (b"\x28\xb5\x2f\xfd", ".zst")):
+        if line.startswith(start):
+            raise ValueError(f"{path} is a {suffix} file by its content: rename it to end so")
+    if b"\0" in line[:4096]:
+        raise ValueError(f"{path} is a binary file: expected JSON lines")
+
+
+def parse(line: bytes, text_key: str, longest: int = LONGEST) -> tuple[dict[str, Any] | None, str]:
+    """(record, "") for a usable line; (None, reason) for one that is not.
+
+    Args:
+        line: as `lines` gives it.
+        text_key: the column that must be a string with something in it.
+        longest: as in `lines`.
+    """
+    if len(line) > longest:
+        return None, "too long"
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -98,8 +132,30 @@ def parse(line: bytes, text_key: str) -> tuple[dict[str, Any] | None, str]:
     if text_key not in record:
         return None, f"no key {text_key!r}"
     text = record[text_key]
+    if text is None:
+        return None, f"{text_key!r} is null"
     if not isinstance(text, str):
         return None, f"{text_key!r} is not a string"
     if not text.strip():
         return None, "empty"
     return record, ""
+
+
+def with_columns(line: bytes, record: dict[str, Any], columns: dict[str, Any]) -> bytes:
+    """The line with some of `COLUMNS` added, and all else as it was, byte for byte.
+
+    Args:
+        line: a JSON object as read.
+        record: the same, parsed.
+        columns: what to add; those of an earlier run are removed.
+
+    Returns:
+        one line with its newline.
+    """
+    if b"\r" in line.rstrip() or any(name in record for name in COLUMNS):
+        kept = {name: value for name, value in record.items() if name not in COLUMNS}
+        return json.dumps({**kept, **columns}).encode() + b"\n"
+    # Spliced in before the brace that ends the object. Writing the record anew would round numbers
+    # beyond double precision, and take longer.
+    head = line.rstrip()[:-1].rstrip()
+    return head + b", " + json.dumps(columns).encode()[1:] + b"\n"

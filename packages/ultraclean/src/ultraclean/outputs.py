@@ -1,0 +1,206 @@
+"""The outputs of a filter under way, and the record of how far they are good.
+
+Outputs are called `*.partial` until all is done. Every second or so they are flushed to disk and
+`progress.json` records how many lines of which input are done and how long each output then was. A
+killed run cuts the outputs back to the record and goes on, so that its outputs are byte for byte
+those of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ultraclean._files import write_json
+from ultraclean.report import FilterReport
+
+STREAMS = ("kept", "rejected", "malformed")
+# At most this much work is lost to a kill, plus one chunk. A save takes some ten milliseconds.
+SAVE_SECONDS = 1.0
+
+Job = dict[str, Any]
+"""What decides the outputs, as JSON holds it; `inputs` is a list of [path, bytes, mtime in ns]."""
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Make the folder, and hold it against another process that would write the same files.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run is writing into {folder}: wait for it, or choose another folder"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)  # which ends the lock, as a kill does
+
+
+def finished(folder: Path, job: Job) -> FilterReport | None:
+    """The report of an equal job that is done; None if there is none.
+
+    Raises:
+        ValueError: the folder holds something that this job did not write.
+    """
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        other = report.pop("job")
+        found = FilterReport(**report)
+    except FileNotFoundError:
+        mine = (folder / "progress.json").exists()
+        taken = [name for name in STREAMS if (folder / f"{name}.jsonl").exists()]
+        if taken and not mine:
+            raise ValueError(
+                f"{folder}/{taken[0]}.jsonl is not ours (there is no report.json): choose another "
+                "output folder"
+            ) from None
+        return None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/report.json is broken ({error}): remove the folder") from None
+    if other != job:
+        raise ValueError(
+            f"{folder} holds the result of another call ({_difference(other, job)}): choose "
+            "another output folder, or replace it with resume=False (--restart)"
+        )
+    (folder / "progress.json").unlink(missing_ok=True)
+    return found
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run wrote, finished or not, and nothing else."""
+    for name in ("report.json", *(f"{s}.jsonl" for s in STREAMS), "progress.json",
+                 *(f"{s}.jsonl.partial" for s in STREAMS)):  # fmt: skip
+        (folder / name).unlink(missing_ok=True)
+
+
+class Outputs:
+    """The three outputs, opened where the last record leaves off.
+
+    Args:
+        folder: where they are.
+        job: what they are the outputs of.
+
+    Attributes:
+        file, line: work goes on after this many lines of the input of that index.
+        report: what has been counted so far.
+        resumed: is there anything from an earlier run?
+
+    Raises:
+        ValueError: the folder holds unfinished work of another job.
+    """
+
+    def __init__(self, folder: Path, job: Job) -> None:
+        self.folder, self.job = folder, job
+        self.report = FilterReport()
+        self.file, self.line = 0, 0
+        self._out: dict[str, BinaryIO] = {}
+        lengths = dict.fromkeys(STREAMS, 0)
+        state = self._load()
+        self.resumed = state is not None
+        self.complete = state is not None and state["complete"]
+        if state is not None:
+            self.report = FilterReport(**state["report"])
+            self.file, self.line, lengths = state["file"], state["line"], state["lengths"]
+        self._saved = time.monotonic()
+        if self.complete:
+            return
+        for name in STREAMS:
+            stream = self.partial(name).open("r+b" if self.partial(name).exists() else "w+b")
+            stream.truncate(lengths[name])
+            stream.seek(lengths[name])
+            self._out[name] = stream
+
+    def partial(self, name: str) -> Path:
+        """Where an output grows."""
+        return self.folder / f"{name}.jsonl.partial"
+
+    def _load(self) -> dict[str, Any] | None:
+        try:
+            state = json.loads((self.folder / "progress.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{self.folder}/progress.json is broken ({error}): start over with resume=False "
+                "(--restart)"
+            ) from None
+        if state["job"] != self.job:
+            raise ValueError(
+                f"{self.folder} holds unfinished work of another call "
+                f"({_difference(state['job'], self.job)}): finish that one, choose another output "
+                "folder, or start over with resume=False (--restart)"
+            )
+        if not state["complete"]:
+            for name in STREAMS:
+                path = self.partial(name)
+                if not path.exists() or path.stat().st_size < state["lengths"][name]:
+                    raise ValueError(
+                        f"{path} is shorter than progress.json says: start over with resume=False "
+                        "(--restart)"
+                    )
+        return state
+
+    def write(self, stream: str, line: bytes) -> None:
+        """Append a line, its newline included."""
+        self._out[stream].write(line)
+
+    def advance(self, file: int, line: int) -> None:
+        """All lines up to this one are written; save, if the last time is long enough ago."""
+        self.file, self.line = file, line
+        if time.monotonic() - self._saved >= SAVE_SECONDS:
+            self._save()
+
+    def _save(self, complete: bool = False) -> None:
+        for stream in self._out.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        write_json(
+            self.folder / "progress.json",
+            {
+                "job": self.job,
+                "complete": complete,
+                "file": self.file,
+                "line": self.line,
+                "lengths": {name: stream.tell() for name, stream in self._out.items()},
+                "report": self.report.to_dict(),
+            },
+        )
+        self._saved = time.monotonic()
+
+    def finish(self) -> FilterReport:
+        """Give the outputs their names and write `report.json`; a kill in between is made good."""
+        report = self.report.ordered()
+        assert report.total == report.kept + report.rejected + report.malformed
+        if not self.complete:
+            self._save(complete=True)
+            self.close()
+        for name in STREAMS:
+            if self.partial(name).exists():  # or it was renamed before a kill
+                os.replace(self.partial(name), self.folder / f"{name}.jsonl")
+        write_json(self.folder / "report.json", {"job": self.job, **report.to_dict()})
+        (self.folder / "progress.json").unlink()
+        return report
+
+    def close(self) -> None:
+        """Close the files; what was not saved is written again by the next run."""
+        for stream in self._out.values():
+            stream.close()
+
+
+def _difference(theirs: Job, ours: Job) -> str:
+    """Which settings differ, by name."""
+    names = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
+    return "other " + ", ".join(names)
