@@ -2,7 +2,8 @@
 
 A ternary matrix NAME is two tensors, `NAME.codes` (uint8, see `packing`) and `NAME.scales` (the
 dtype the weights had). Every other tensor is there under its own name and in its own dtype. The
-file's `__metadata__` has `format` = "bitcpm" and, under `bitcpm`, a JSON object:
+file's `__metadata__` has one key, `bitcpm` (safetensors writes several keys in an order that
+changes from run to run, and equal models are to give equal bytes), which holds a JSON object:
 
     {"version": 1,
      "tensors": {"model.layers.0.mlp.up_proj.weight":
@@ -74,9 +75,9 @@ def save_packed(
             "group_size": p.group_size,
             "codec": p.codec,
         }
-    header = {"format": FORMAT, FORMAT: json.dumps({"version": VERSION, "tensors": entries})}
+    header = json.dumps({"version": VERSION, "tensors": entries})
     with atomic_path(path) as target:
-        save_file(tensors, target, header)
+        save_file(tensors, target, {FORMAT: header})
 
 
 class PackedFile:
@@ -153,7 +154,7 @@ class PackedFile:
 
 def is_packed(checkpoint: Checkpoint) -> bool:
     """Whether the file says that it is a packed one."""
-    return checkpoint.metadata.get("format") == FORMAT
+    return FORMAT in checkpoint.metadata
 
 
 def load_packed(
