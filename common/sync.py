@@ -1,4 +1,4 @@
-"""Copy common/*.py into the tools that use them, or (--check) say where a copy has drifted.
+"""Copy what is common into the tools that use it, or (--check) say where a copy has drifted.
 
 A tool must build and run alone, so what several tools share is copied, not imported; this
 script and the lint step keep the copies equal to the one source here.
@@ -11,12 +11,20 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PACKAGES = HERE.parent / "packages"
-HEADER = "# Copied from common/{name} by common/sync.py: change it there.\n"
+HEADER = "{comment} Copied from common/{name} by common/sync.py: change it there.\n"
 
-# Which tool holds a copy of what.
+NATIVE = ["infllm2"]  # tools with C++ kernels
+
+# Which tool holds a copy of what: Python beside its own, the rest in csrc/native/.
 COPIES = {
     "_files.py": ["testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu"],
     "_cli.py": ["testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu", "infllm2"],
+    "_native.py": NATIVE,
+    "native/Native.cmake": NATIVE,
+    "native/broadcast_gemm.hpp": NATIVE,
+    "native/cpu_level.hpp": NATIVE,
+    "native/lanes.hpp": NATIVE,
+    "native/parallel.hpp": NATIVE,
 }
 
 
@@ -25,9 +33,12 @@ def main() -> int:
     check = "--check" in sys.argv[1:]
     drifted = 0
     for name, tools in COPIES.items():
-        wanted = HEADER.format(name=name) + (HERE / name).read_text(encoding="utf-8")
+        comment = "//" if name.endswith(".hpp") else "#"
+        header = HEADER.format(name=name, comment=comment)
+        wanted = header + (HERE / name).read_text(encoding="utf-8")
         for tool in tools:
-            copy = PACKAGES / tool / "src" / tool / name
+            folder = f"src/{tool}" if name.endswith(".py") else "csrc"
+            copy = PACKAGES / tool / folder / name
             if copy.exists() and copy.read_text(encoding="utf-8") == wanted:
                 continue
             if check:

@@ -1,0 +1,77 @@
+// The C interface: every operation is `int32_t name(const args *, int32_t ith, int32_t nth)`. It does share
+// `ith` of `nth`, allocates nothing, keeps no state, and returns 0 or an error code. The caller owns the threads.
+//
+// Letters: B batch, H query heads, K key-value heads, G = H / K, T queries, S keys, D head size. Queries are the
+// last T of S positions. Strides are in elements; the last axis is always contiguous. dtype: 0 float32, 1 bfloat16.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+    const void *data;
+    int64_t batch, head, row;  // strides
+} infllm2_tensor;
+
+typedef struct {
+    int64_t batch, kv_heads, group, queries, keys, dim;
+    int32_t dtype, unused;
+} infllm2_shape;
+
+typedef struct {
+    int32_t kernel_size, kernel_stride, coarse_factor, block_size;
+    int32_t init_blocks, window_blocks, budget, exact;
+    float scale;  // on the logits of selection
+    int32_t unused;
+} infllm2_selection;
+
+// blocks int32 [B, K, T, budget]: ascending, then -1. fine and coarse: all complete compressed keys [B, K, *, D].
+typedef struct {
+    infllm2_shape shape;
+    infllm2_selection selection;
+    infllm2_tensor q, fine, coarse;
+    int32_t *blocks;
+    char *work;  // nth * infllm2_select_work() bytes
+    int64_t work_stride;
+} infllm2_select_args;
+
+// out [B, H, T, D] in dtype, lse float32 [B, H, T]. Blocks int32 [B, K, T, width], ascending, then -1; a null
+// pointer means all (dense attention). Queries [first, first + count) are done, in `splits` shares each: more than
+// one needs `partial`, and infllm2_merge afterwards.
+typedef struct {
+    infllm2_shape shape;
+    infllm2_tensor q, k, v;
+    const int32_t *blocks;
+    int64_t width;
+    void *out;
+    float *lse;
+    char *work;
+    int64_t work_stride;
+    float *partial;  // see infllm2_partial_floats
+    int64_t splits;
+    int32_t block_size, unused;
+    float scale;
+    int32_t unused2;
+} infllm2_attend_args;
+
+int32_t infllm2_select(const infllm2_select_args *, int32_t ith, int32_t nth);
+int32_t infllm2_attend(const infllm2_attend_args *, int32_t ith, int32_t nth);
+int32_t infllm2_merge(const infllm2_attend_args *, int32_t ith, int32_t nth);
+// Both steps for each query in turn; the selection's blocks may be null, its q and shape are the attention's.
+typedef struct {
+    infllm2_select_args select;
+    infllm2_attend_args attend;
+} infllm2_run_args;
+int32_t infllm2_run(const infllm2_run_args *, int32_t ith, int32_t nth);
+
+int64_t infllm2_select_work(const infllm2_shape *, const infllm2_selection *);  // bytes a thread
+int64_t infllm2_attend_work(const infllm2_shape *);                              // bytes a thread
+int64_t infllm2_partial_floats(const infllm2_shape *);                           // for each query head group and split
+int32_t infllm2_level(void);
+const char *infllm2_level_name(int32_t);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,57 @@
+// The C interface: picks the level once and hands on. The only file compiled for any processor.
+#include "attend.hpp"
+#include "cpu_level.hpp"
+#include "parallel.hpp"
+#include "select.hpp"
+
+using namespace native;
+
+#define DECLARE(level)                                                                    \
+    int32_t infllm2_select_##level(const infllm2_select_args *, int32_t, int32_t);        \
+    int32_t infllm2_attend_##level(const infllm2_attend_args *, int32_t, int32_t);        \
+    int32_t infllm2_merge_##level(const infllm2_attend_args *, int32_t, int32_t);         \
+    int32_t infllm2_run_##level(const infllm2_run_args *, int32_t, int32_t);
+
+#if defined(__x86_64__)
+#define PICK(name) {infllm2_##name##_scalar, infllm2_##name##_avx2, infllm2_##name##_avx512, infllm2_##name##_avx512_bf16}
+#else
+#define PICK(name) {infllm2_##name##_scalar}
+#endif
+
+extern "C" {
+DECLARE(scalar)
+DECLARE(avx2)
+DECLARE(avx512)
+DECLARE(avx512_bf16)
+
+int32_t infllm2_level(void) {
+    static const Level level = chosen_level("INFLLM2_CPU_LEVEL");
+    return level;
+}
+const char *infllm2_level_name(int32_t level) { return level_name(level); }
+
+#define ENTRY(name)                                                                                \
+    int32_t infllm2_##name(const infllm2_##name##_args *a, int32_t ith, int32_t nth) {             \
+        static int32_t (*const levels[])(const infllm2_##name##_args *, int32_t, int32_t) = PICK(name); \
+        return levels[infllm2_level()](a, ith, nth);                                               \
+    }
+ENTRY(select)
+ENTRY(attend)
+ENTRY(run)
+
+int32_t infllm2_merge(const infllm2_attend_args *a, int32_t ith, int32_t nth) {
+    static int32_t (*const levels[])(const infllm2_attend_args *, int32_t, int32_t) = PICK(merge);
+    return levels[infllm2_level()](a, ith, nth);
+}
+
+int32_t infllm2_parallel(ParallelFor pool, Operation operation, const void *args, int32_t nth) {
+    return run_on(pool, operation, args, nth);
+}
+
+// Sizes do not depend on the level.
+int64_t infllm2_select_work(const infllm2_shape *s, const infllm2_selection *c) {
+    return round_up(select_work(s, c) + 4 * select_tokens(s) * c->budget + 128, 64);
+}
+int64_t infllm2_attend_work(const infllm2_shape *s) { return round_up(attend_work(s), 64); }
+int64_t infllm2_partial_floats(const infllm2_shape *s) { return most_lanes(s) * (s->dim + 2); }
+}

@@ -1,0 +1,127 @@
+// How keys and values of each dtype become the broadcast operand of a product, 64 of them at a time.
+#pragma once
+#include "broadcast_gemm.hpp"
+
+namespace native {
+inline namespace NATIVE_LEVEL {
+
+constexpr int TILE = 64;  // keys at a time
+
+// A tile as the product reads it: element (column n, step k) is data[n * column + k * step].
+template <class Unit> struct Tile {
+    const Unit *data;
+    ptrdiff_t column, step;
+};
+
+// float32: read where it lies.
+template <class V> struct Float32 {
+    using Lanes = V;
+    using Source = float;
+    using Dot = FloatDot<V>;
+    static constexpr int EXP_DEGREE = 6;  // of the weights' exponential
+    static int units(int n) { return n; }
+    static Tile<float> keys(const float *k, ptrdiff_t row, int, int, float *) { return {k, row, 1}; }
+    static Tile<float> values(const float *v, ptrdiff_t row, int, int, float *) { return {v, 1, row}; }
+    static void pack_query(const float *q, int dim, float *out, int stride) {
+        for (int d = 0; d < dim; ++d) out[d * stride] = q[d];
+    }
+    static void pack_weights(float *, int) {}
+};
+
+// bfloat16 without a bf16 dot product: widened tile by tile.
+template <class V> struct Bf16Widened {
+    using Lanes = V;
+    using Source = bf16;
+    using Dot = FloatDot<V>;
+    static constexpr int EXP_DEGREE = 6;  // of the weights' exponential
+    static int units(int n) { return n; }
+    static void widen(const bf16 *x, ptrdiff_t row, int n, int dim, float *out) {
+        for (int i = 0; i < n; ++i) {
+            int d = 0;
+            for (; d + V::L <= dim; d += V::L) V::load_bf16(x + i * row + d, out + i * dim + d);
+            for (; d < dim; ++d) out[i * dim + d] = to_float(x[i * row + d]);
+        }
+    }
+    static Tile<float> keys(const bf16 *k, ptrdiff_t row, int n, int dim, float *scratch) {
+        widen(k, row, n, dim, scratch);
+        return {scratch, dim, 1};
+    }
+    static Tile<float> values(const bf16 *v, ptrdiff_t row, int n, int dim, float *scratch) {
+        widen(v, row, n, dim, scratch);
+        return {scratch, 1, dim};
+    }
+    static void pack_query(const bf16 *q, int dim, float *out, int stride) {
+        for (int d = 0; d < dim; ++d) out[d * stride] = to_float(q[d]);
+    }
+    static void pack_weights(float *, int) {}
+};
+
+#if defined(__AVX512BF16__)
+// bfloat16 by its dot product of pairs. Pairs of a key are neighbours already; values are paired with
+// those of the next key. Needs an even head size and rows that begin on 32 bits.
+template <class V> struct Bf16Pairs {
+    using Lanes = V;
+    using Source = bf16;
+    using Dot = PairDot<V>;
+    static constexpr int EXP_DEGREE = 4;  // weights are rounded to bfloat16
+    static int units(int n) { return (n + 1) / 2; }
+    static Tile<uint32_t> keys(const bf16 *k, ptrdiff_t row, int, int, float *) {
+        return {reinterpret_cast<const uint32_t *>(k), row / 2, 1};
+    }
+    static Tile<uint32_t> values(const bf16 *v, ptrdiff_t row, int n, int dim, float *scratch) {
+        uint32_t *out = reinterpret_cast<uint32_t *>(scratch);
+        for (int i = 0; i < n; i += 2, v += 2 * row, out += dim) {
+            const bool alone = i + 1 == n;
+            int d = 0;
+            for (; d + 32 <= dim; d += 32) {
+                const __m512i even = _mm512_loadu_si512(v + d);
+                const __m512i odd = alone ? _mm512_setzero_si512() : _mm512_loadu_si512(v + row + d);
+                _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(even, low_half(), odd));
+                _mm512_storeu_si512(out + d + 16, _mm512_permutex2var_epi16(even, high_half(), odd));
+            }
+            for (; d < dim; ++d) out[d] = v[d] | (alone ? 0u : uint32_t(v[row + d]) << 16);
+        }
+        return {reinterpret_cast<const uint32_t *>(scratch), 1, dim};
+    }
+    static void pack_query(const bf16 *q, int dim, float *out, int stride) {
+        for (int d = 0; d < dim; d += 2) {
+            const uint32_t pair = q[d] | uint32_t(q[d + 1]) << 16;
+            std::memcpy(out + d / 2 * stride, &pair, 4);
+        }
+    }
+    // In place: weights of keys 2i and 2i + 1 (0 past the end) go where those of key i were.
+    static void pack_weights(float *s, int n) {
+        constexpr int L = V::L;
+        if (n & 1) V::store(s + n * L, V::zero());
+        for (int i = 0; i < n; i += 2) Dot::pack(s + i * L, s + (i + 1) * L, s + i / 2 * L);
+    }
+
+  private:
+    static __m512i low_half() {
+        return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    }
+    static __m512i high_half() { return _mm512_add_epi16(low_half(), _mm512_set1_epi16(16)); }
+};
+#endif
+
+// Columns a known distance apart cost no address arithmetic: the usual head sizes have their own copy.
+template <class Format, int G>
+inline void scores(const Tile<typename Format::Dot::Unit> &keys, int n, const float *q, int depth, float *s,
+                   const char *next = nullptr) {
+    using V = typename Format::Lanes;
+    using Dot = typename Format::Dot;
+    constexpr int GROUP = TILE * V::L;
+    const ptrdiff_t a_group = ptrdiff_t(depth) * V::L;
+    if (keys.column == 64)
+        broadcast_gemm<V, Dot, G, 64>(keys.data, 64, 1, q, a_group, depth, n, s, GROUP, false, next);
+    else if (keys.column == 32)
+        broadcast_gemm<V, Dot, G, 32>(keys.data, 32, 1, q, a_group, depth, n, s, GROUP, false, next);
+    else if (keys.column == 128)
+        broadcast_gemm<V, Dot, G, 128>(keys.data, 128, 1, q, a_group, depth, n, s, GROUP, false, next);
+    else
+        broadcast_gemm<V, Dot, G>(keys.data, keys.column, 1, q, a_group, depth, n, s, GROUP, false, next);
+}
+
+}  // namespace NATIVE_LEVEL
+}  // namespace native
