@@ -66,6 +66,9 @@ template <int N> struct Plain {
         for (float &x : a.x) { const float c = -200.f > x ? -200.f : x; x = std::exp2(c); }
         return a;
     }
+    static void transpose(const float *x, float *out) {  // L vectors of L lanes
+        for (int i = 0; i < N; ++i) for (int j = 0; j < N; ++j) out[j * N + i] = x[i * N + j];
+    }
     static void load_bf16(const bf16 *p, float *out) { for (int i = 0; i < N; ++i) out[i] = to_float(p[i]); }
 };
 
@@ -110,6 +113,23 @@ struct Ymm {
         const T tiny = _mm256_cmp_ps(a, set(-125.5f), _CMP_LT_OQ), odd = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
         return _mm256_blendv_ps(_mm256_andnot_ps(tiny, value), a, odd);
     }
+    static void transpose(const float *x, float *out) {
+        T a[8], b[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) a[i] = load(x + i * 8);
+#pragma GCC unroll 4
+        for (int i = 0; i < 8; i += 2) b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+#pragma GCC unroll 2
+        for (int i = 0; i < 8; i += 4) {
+            a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44), a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+            a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44), a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            store(out + i * 8, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+            store(out + (i + 4) * 8, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+        }
+    }
     static void load_bf16(const bf16 *p, float *out) {
         const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
         _mm256_storeu_si256((__m256i *)out, _mm256_slli_epi32(wide, 16));
@@ -142,6 +162,31 @@ struct Zmm {
 #pragma GCC unroll 6
         for (int i = DEGREE - 1; i >= 0; --i) p = fma(p, f, set(EXP2[i]));
         return _mm512_scalef_ps(p, n);
+    }
+    static void transpose(const float *x, float *out) {
+        T a[16], b[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) a[i] = load(x + i * 16);
+#pragma GCC unroll 8
+        for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 16; i += 4) {
+            a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44), a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
+            a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44), a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+        }
+        // a[4q + r] holds lanes r, r + 4, r + 8, r + 12 of rows 4q ... 4q + 3.
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), b[i + 4] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+            b[i + 8] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88), b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            store(out + i * 16, _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88));
+            store(out + (i + 8) * 16, _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd));
+            store(out + (i + 4) * 16, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88));
+            store(out + (i + 12) * 16, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd));
+        }
     }
     static void load_bf16(const bf16 *p, float *out) {
         const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));

@@ -38,8 +38,9 @@ typedef struct {
 } infllm2_select_args;
 
 // out [B, H, T, D] in dtype, lse float32 [B, H, T]. Blocks int32 [B, K, T, width], ascending, then -1; a null
-// pointer means all (dense attention). Queries [first, first + count) are done, in `splits` shares each: more than
-// one needs `partial`, and infllm2_merge afterwards.
+// pointer means all keys (dense attention). `tile` tokens are a unit of work, tile * G at most 128 unless tile is 1.
+// With splits > 1 each unit is cut in as many; listed blocks then need tile = 1, `partial` must hold
+// infllm2_partial_floats for each unit and split, and infllm2_merge finishes the work.
 typedef struct {
     infllm2_shape shape;
     infllm2_tensor q, k, v;
@@ -51,9 +52,9 @@ typedef struct {
     int64_t work_stride;
     float *partial;  // see infllm2_partial_floats
     int64_t splits;
-    int32_t block_size, unused;
+    int64_t tile;
+    int32_t block_size;
     float scale;
-    int32_t unused2;
 } infllm2_attend_args;
 
 int32_t infllm2_select(const infllm2_select_args *, int32_t ith, int32_t nth);
@@ -67,7 +68,7 @@ typedef struct {
 int32_t infllm2_run(const infllm2_run_args *, int32_t ith, int32_t nth);
 
 int64_t infllm2_select_work(const infllm2_shape *, const infllm2_selection *);  // bytes a thread
-int64_t infllm2_attend_work(const infllm2_shape *);                              // bytes a thread
+int64_t infllm2_attend_work(const infllm2_shape *, int64_t block_size);         // bytes a thread
 int64_t infllm2_partial_floats(const infllm2_shape *);                           // for each query head group and split
 int32_t infllm2_level(void);
 const char *infllm2_level_name(int32_t);

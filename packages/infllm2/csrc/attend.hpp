@@ -1,243 +1,102 @@
-// Softmax attention of packed rows over tiles of keys, with a running maximum (Milakov & Gimelshein,
-// arXiv 1805.02867; FlashAttention, 2205.14135). Rows are lanes: heads of a group, or tokens × heads.
+// Shares out block-sparse and dense attention: which rows go through the kernel of rows.hpp together.
+//
+// Tokens have different sets of blocks, but neighbours share many. A tile of tokens is done in the cheapest of
+// three ways, all exact: each token with its own blocks; a vector's worth of tokens with the union of theirs; the
+// whole tile with its union, which is dense attention with holes and so never costs much more than that.
 #pragma once
-#include "args.h"
-#include "formats.hpp"
+#include "rows.hpp"
 
 namespace native {
 inline namespace NATIVE_LEVEL {
 
-// Rows of one unit of work, in groups of L lanes. All arrays are the thread's own.
-struct Rows {
-    float *q, *out, *top, *sum, *scores, *key_scratch, *value_scratch;
-    int32_t *visible;
-};
+// Time of one block for one wide vector of rows alone; in a tile, neighbours share broadcasts and paired values.
+constexpr float ALONE = 1.f, TOGETHER = 0.82f;
 
-constexpr int MOST_ROWS = 128;  // of dense prefill: enough to use a tile of keys from the near cache often
-
-template <class V> inline int lane_groups(int64_t rows) { return int((rows + V::L - 1) / V::L); }
-
-inline int64_t tokens_at_once(const infllm2_attend_args *a) {
-    if (a->blocks) return 1;
-    const int64_t most = MOST_ROWS / a->shape.group;
-    return most < 1 ? 1 : (most < a->shape.queries ? most : a->shape.queries);
+template <class Unit> inline void visit_own(Unit &&unit, const int32_t *blocks, int64_t width) {
+    unit.visit_all(blocks, width, 0, 1);
+    unit.finish();
 }
 
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// The largest number of lanes any unit has, whatever the vector's width.
-inline int64_t most_lanes(const infllm2_shape *s) { return round_up(s->group > MOST_ROWS ? s->group : MOST_ROWS, 16); }
-
-inline int64_t attend_work(const infllm2_shape *s) {
-    const int64_t lanes = most_lanes(s);
-    return 4 * (lanes * (2 * s->dim + 4) + 2 * (TILE + 1) * 16 + 2 * TILE * s->dim) + 1024;
-}
-
-inline Rows rows_in(char *work, const infllm2_shape *s) {
-    const int64_t lanes = most_lanes(s), dim = s->dim;
-    float *p = reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(work) + 63) & ~uintptr_t(63));
-    Rows r;
-    r.q = p, p += lanes * dim;
-    r.out = p, p += lanes * dim;
-    r.scores = p, p += 2 * (TILE + 1) * 16;
-    r.key_scratch = p, p += TILE * dim;
-    r.value_scratch = p, p += TILE * dim;
-    r.top = p, p += lanes;
-    r.sum = p, p += lanes;
-    r.visible = reinterpret_cast<int32_t *>(p);
-    return r;
-}
-
-// One tile of n keys for G lane groups. visible: how many of them each lane sees; null if all do.
-template <class Format, int G>
-inline void update(const float *q, int depth, int dim, float scale, const Tile<typename Format::Dot::Unit> &keys,
-                   const Tile<typename Format::Dot::Unit> &values, int n, const int32_t *visible, float *out,
-                   float *top, float *sum, float *s, const char *next_keys, const char *next_values) {
-    using V = typename Format::Lanes;
-    using T = typename V::T;
-    constexpr int L = V::L, GROUP = TILE * L;
-    scores<Format, G>(keys, n, q, depth, s, next_keys);
-    const T factor = V::set(scale), never = V::set(-INFINITY);
-    for (int g = 0; g < G; ++g) {
-        float *x = s + g * GROUP;
-        T best = never;
-        for (int i = 0; i < n; ++i) {
-            T value = V::load(x + i * L);
-            if (visible) {
-                value = V::where_reached(i, visible + g * L, never, value);
-                V::store(x + i * L, value);
-            }
-            best = V::max(value, best);
+template <class Narrow, class Wide>
+void attend_tile(const infllm2_attend_args *a, char *work, int64_t b, int64_t h, int64_t first, int64_t count, const int32_t *lists) {
+    constexpr int L = Wide::Lanes::L;
+    const int group = int(a->shape.group);
+    const bool narrow = group <= Narrow::Lanes::L;
+    const auto each = [&] {
+        for (int64_t t = 0; t < count; ++t) {
+            if (narrow)
+                visit_own(Unit<Narrow>(a, work, b, h, first + t, 1), lists + t * a->width, a->width);
+            else
+                visit_own(Unit<Wide>(a, work, b, h, first + t, 1), lists + t * a->width, a->width);
         }
-        const T before = V::load(top + g * L), now = V::max(before, V::mul(best, factor));
-        const T minus = V::mul(now, V::set(-1.f));
-        T total = V::load(sum + g * L);
-        if (V::any_greater(now, before)) {
-            const T shrink = V::exp2(V::add(before, minus));
-            total = V::mul(total, shrink);
-            float *o = out + ptrdiff_t(g) * dim * L;
-            for (int d = 0; d < dim; ++d) V::store(o + d * L, V::mul(V::load(o + d * L), shrink));
-            V::store(top + g * L, now);
+    };
+    if (count == 1 || count * group > MOST_ROWS) return each();
+
+    uint64_t(*visitors)[2] = rows_in(work, &a->shape).visitors;
+    const int64_t end = a->shape.keys - a->shape.queries + first + count, blocks = (end + a->block_size - 1) / a->block_size;
+    std::memset(visitors, 0, sizeof(*visitors) * blocks);
+    int64_t own = 0, shared = 0, all = 0;
+    const int vector = L / group < 1 ? 1 : L / group;  // tokens to a vector
+    for (int64_t t = 0; t < count; ++t)
+        for (int64_t i = 0; i < a->width && lists[t * a->width + i] >= 0; ++i) {
+            const int64_t m = lists[t * a->width + i];
+            if (m >= blocks) break;  // beyond every token of the tile
+            visitors[m][t >> 6] |= uint64_t(1) << (t & 63);
+            ++own;
         }
-        for (int i = 0; i < n; ++i) {
-            const T weight = V::template exp2<Format::EXP_DEGREE>(V::fma(V::load(x + i * L), factor, minus));
-            total = V::add(total, weight);
-            V::store(x + i * L, weight);
-        }
-        V::store(sum + g * L, total);
-        Format::pack_weights(x, n);
+    for (int64_t m = 0; m < blocks; ++m) {
+        if (!(visitors[m][0] | visitors[m][1])) continue;
+        ++all;
+        for (int64_t t = 0; t < count; t += vector)
+            shared += Unit<Wide>::any_of(visitors[m], int(t), int(count - t < vector ? count - t : vector));
     }
-    broadcast_gemm<V, typename Format::Dot, G, 1>(values.data, values.column, values.step, s, GROUP, Format::units(n),
-                                                  dim, out, ptrdiff_t(dim) * L, true, next_values);
-}
-
-// The rows of queries [first, first + tokens) of one batch row and key-value head.
-template <class Format> struct Unit {
-    using V = typename Format::Lanes;
-    using Source = typename Format::Source;
-    static constexpr int L = V::L;
-    const infllm2_attend_args *a;
-    Rows r;
-    int64_t batch, head, first, tokens;
-    int rows, groups, depth, dim;
-
-    Unit(const infllm2_attend_args *args, char *work, int64_t b, int64_t h, int64_t t, int64_t count)
-        : a(args), r(rows_in(work, &args->shape)), batch(b), head(h), first(t), tokens(count) {
-        dim = int(a->shape.dim);
-        depth = Format::units(dim);
-        rows = int(tokens * a->shape.group);
-        groups = lane_groups<V>(rows);
-        if (std::is_same<typename Format::Dot::Unit, float>::value) depth = dim;
-        std::memset(r.q, 0, sizeof(float) * groups * depth * L);
-        std::memset(r.out, 0, sizeof(float) * groups * dim * L);
-        for (int i = 0; i < rows; ++i)
-            Format::pack_query(query(i), dim, r.q + ptrdiff_t(i / L) * depth * L + i % L, L);
-        for (int i = 0; i < groups * L; ++i) r.top[i] = LOWEST, r.sum[i] = 0.f;
-    }
-
-    const Source *query(int row) const {
-        const int64_t h = head * a->shape.group + row % a->shape.group, t = first + row / a->shape.group;
-        return static_cast<const Source *>(a->q.data) + batch * a->q.batch + h * a->q.head + t * a->q.row;
-    }
-    // Absolute position of a row's token.
-    int64_t position(int row) const { return a->shape.keys - a->shape.queries + first + row / a->shape.group; }
-
-    // Keys [start, start + n); `next` begins the tile after it, -1 if there is none.
-    void visit(int64_t start, int n, int64_t next) {
-        const Source *k = static_cast<const Source *>(a->k.data) + batch * a->k.batch + head * a->k.head + start * a->k.row;
-        const Source *v = static_cast<const Source *>(a->v.data) + batch * a->v.batch + head * a->v.head + start * a->v.row;
-        const auto keys = Format::keys(k, a->k.row, n, dim, r.key_scratch);
-        const auto values = Format::values(v, a->v.row, n, dim, r.value_scratch);
-        const bool ahead = next >= 0 && groups == 1 && a->k.row == dim && a->v.row == dim;
-        const char *next_keys = ahead ? reinterpret_cast<const char *>(k + (next - start) * a->k.row) : nullptr;
-        const char *next_values = ahead ? reinterpret_cast<const char *>(v + (next - start) * a->v.row) : nullptr;
-        for (int g = 0; g < groups;) {
-            const int step = g + 2 <= groups ? 2 : 1;
-            const int last = g * L + step * L - 1, end = last < rows - 1 ? last : rows - 1;
-            if (position(end) >= start) {  // or no row of these groups sees any of the keys
-                const int32_t *visible = nullptr;
-                if (position(g * L) < start + n - 1) {
-                    for (int i = 0; i < step * L; ++i) {
-                        const int64_t seen = position(g * L + i) + 1 - start;
-                        r.visible[i] = int32_t(seen < 0 ? 0 : (seen > n ? n : seen));
-                    }
-                    visible = r.visible;
-                }
-                const float *q = r.q + ptrdiff_t(g) * depth * L;
-                float *out = r.out + ptrdiff_t(g) * dim * L;
-                if (step == 2)
-                    update<Format, 2>(q, depth, dim, a->scale * LOG2E, keys, values, n, visible, out, r.top + g * L, r.sum + g * L, r.scores, next_keys, next_values);
-                else
-                    update<Format, 1>(q, depth, dim, a->scale * LOG2E, keys, values, n, visible, out, r.top + g * L, r.sum + g * L, r.scores, next_keys, next_values);
-            }
-            g += step;
-        }
-    }
-
-    // Share `split` of `splits` of the keys: the listed blocks, or all.
-    void visit_all(const int32_t *blocks, int64_t width, int64_t split, int64_t splits) {
-        const int64_t end = position(rows - 1) + 1;
-        if (!blocks) {
-            const int64_t tiles = (end + TILE - 1) / TILE;
-            for (int64_t i = split * tiles / splits; i < (split + 1) * tiles / splits; ++i) {
-                visit(i * TILE, int(end - i * TILE < TILE ? end - i * TILE : TILE), (i + 2) * TILE <= end ? (i + 1) * TILE : -1);
-            }
-            return;
-        }
-        int64_t count = 0;
-        while (count < width && blocks[count] >= 0) ++count;
-        for (int64_t i = split * count / splits; i < (split + 1) * count / splits; ++i) {
-            int64_t start = int64_t(blocks[i]) * a->block_size, stop = start + a->block_size;
-            const int64_t next = i + 1 < count && a->block_size == TILE ? int64_t(blocks[i + 1]) * TILE : -1;
-            for (stop = stop < end ? stop : end; start < stop; start += TILE)
-                visit(start, int(stop - start < TILE ? stop - start : TILE), next);
-        }
-    }
-
-    void finish() const {
-        for (int i = 0; i < rows; ++i) {
-            const int64_t h = head * a->shape.group + i % a->shape.group, t = first + i / a->shape.group;
-            const int64_t row = (batch * a->shape.kv_heads * a->shape.group + h) * a->shape.queries + t;
-            const float total = r.sum[i], inverse = total == 0.f ? 0.f : 1.f / total;
-            const float *o = r.out + ptrdiff_t(i / L) * dim * L + i % L;
-            Source *out = static_cast<Source *>(a->out) + row * dim;
-            for (int d = 0; d < dim; ++d) from_float(o[d * L] * inverse, out + d);
-            if (a->lse) a->lse[row] = total == 0.f ? -INFINITY : (r.top[i] + std::log2(total)) * LN2;
-        }
-    }
-
-    // Unfinished sums to and from memory: [groups][dim + 2][L].
-    void save(float *to) const {
-        for (int g = 0; g < groups; ++g, to += (dim + 2) * L) {
-            std::memcpy(to, r.out + ptrdiff_t(g) * dim * L, sizeof(float) * dim * L);
-            std::memcpy(to + dim * L, r.top + g * L, sizeof(float) * L);
-            std::memcpy(to + (dim + 1) * L, r.sum + g * L, sizeof(float) * L);
-        }
-    }
-    void absorb(const float *from) {
-        using T = typename V::T;
-        for (int g = 0; g < groups; ++g, from += (dim + 2) * L) {
-            const T mine = V::load(r.top + g * L), theirs = V::load(from + dim * L);
-            const T now = V::max(theirs, mine), minus = V::mul(now, V::set(-1.f));
-            const T a1 = V::exp2(V::add(mine, minus)), a2 = V::exp2(V::add(theirs, minus));
-            float *o = r.out + ptrdiff_t(g) * dim * L;
-            for (int d = 0; d < dim; ++d)
-                V::store(o + d * L, V::fma(V::load(from + d * L), a2, V::mul(V::load(o + d * L), a1)));
-            V::store(r.sum + g * L, V::fma(V::load(from + (dim + 1) * L), a2, V::mul(V::load(r.sum + g * L), a1)));
-            V::store(r.top + g * L, now);
-        }
-    }
-};
-
-template <class Format> void attend(const infllm2_attend_args *a, int32_t ith, int32_t nth) {
-    const infllm2_shape &s = a->shape;
-    const int64_t step = tokens_at_once(a), tiles = (s.queries + step - 1) / step;
-    const int64_t items = s.batch * s.kv_heads * tiles * a->splits;
-    for (int64_t item = ith; item < items; item += nth) {
-        const int64_t split = item % a->splits, tile = item / a->splits % tiles, pair = item / a->splits / tiles;
-        const int64_t first = tile * step, count = s.queries - first < step ? s.queries - first : step;
-        Unit<Format> unit(a, a->work + ith * a->work_stride, pair / s.kv_heads, pair % s.kv_heads, first, count);
-        const int32_t *blocks = a->blocks ? a->blocks + (pair * s.queries + first) * a->width : nullptr;
-        unit.visit_all(blocks, a->width, split, a->splits);
-        if (a->splits == 1)
-            unit.finish();
-        else
-            unit.save(a->partial + item * most_lanes(&s) * (s.dim + 2));
-    }
-}
-
-
-template <class Format> void merge(const infllm2_attend_args *a, int32_t ith, int32_t nth) {
-    const infllm2_shape &s = a->shape;
-    const int64_t step = tokens_at_once(a), tiles = (s.queries + step - 1) / step;
-    for (int64_t item = ith; item < s.batch * s.kv_heads * tiles; item += nth) {
-        const int64_t pair = item / tiles, first = item % tiles * step;
-        const int64_t count = s.queries - first < step ? s.queries - first : step;
-        Unit<Format> unit(a, a->work + ith * a->work_stride, pair / s.kv_heads, pair % s.kv_heads, first, count);
-        for (int64_t split = 0; split < a->splits; ++split)
-            unit.absorb(a->partial + (item * a->splits + split) * most_lanes(&s) * (s.dim + 2));
+    const float vectors = float((count * group + L - 1) / L), one = float((group + L - 1) / L);
+    const float alone = float(own) * ALONE * (narrow && Narrow::Lanes::L < L ? 0.5f : one);
+    const float by_vector = vector > 1 ? float(shared) * ALONE : INFINITY, by_tile = float(all) * vectors * TOGETHER;
+    if (alone <= by_vector && alone <= by_tile) return each();
+    const int64_t step = by_vector < by_tile ? vector : count;
+    for (int64_t t = 0; t < count; t += step) {
+        Unit<Wide> unit(a, work, b, h, first + t, count - t < step ? count - t : step);
+        unit.visit_union(visitors, int(t));
         unit.finish();
     }
+}
+
+// Calls f(batch, head, first token, tokens, pair, item) for share `ith` of `nth` of the tiles, `times` each.
+template <class F> inline void for_tiles(const infllm2_shape &s, int64_t step, int64_t times, int32_t ith, int32_t nth, F f) {
+    const int64_t tiles = (s.queries + step - 1) / step;
+    for (int64_t item = ith; item < s.batch * s.kv_heads * tiles * times; item += nth) {
+        const int64_t tile = item / times % tiles, pair = item / times / tiles, first = tile * step;
+        f(pair / s.kv_heads, pair % s.kv_heads, first, s.queries - first < step ? s.queries - first : step, pair, item);
+    }
+}
+
+// Shares of one tile, or the merging of them.
+template <class Format> void attend_split(const infllm2_attend_args *a, int32_t ith, int32_t nth, bool merging) {
+    const int64_t floats = most_lanes(&a->shape) * (a->shape.dim + 2);
+    char *work = a->work + ith * a->work_stride;
+    for_tiles(a->shape, a->tile, merging ? 1 : a->splits, ith, nth, [&](auto b, auto h, auto first, auto count, auto pair, auto item) {
+        Unit<Format> unit(a, work, b, h, first, count);
+        if (merging)
+            for (int64_t i = 0; i < a->splits; ++i) unit.absorb(a->partial + (item * a->splits + i) * floats);
+        else
+            unit.visit_all(a->blocks ? a->blocks + (pair * a->shape.queries + first) * a->width : nullptr, a->width, item % a->splits, a->splits);
+        if (merging || a->splits == 1)
+            unit.finish();
+        else
+            unit.save(a->partial + item * floats);
+    });
+}
+
+template <class Narrow, class Wide> void attend(const infllm2_attend_args *a, int32_t ith, int32_t nth, bool merging) {
+    if (a->blocks && a->splits == 1)
+        for_tiles(a->shape, a->tile, 1, ith, nth, [&](auto b, auto h, auto first, auto count, auto pair, auto) {
+            attend_tile<Narrow, Wide>(a, a->work + ith * a->work_stride, b, h, first, count, a->blocks + (pair * a->shape.queries + first) * a->width);
+        });
+    else if (a->tile * a->shape.group <= Narrow::Lanes::L)
+        attend_split<Narrow>(a, ith, nth, merging);
+    else
+        attend_split<Wide>(a, ith, nth, merging);
 }
 
 }  // namespace NATIVE_LEVEL

@@ -1,5 +1,4 @@
 // The C interface: picks the level once and hands on. The only file compiled for any processor.
-#include "attend.hpp"
 #include "cpu_level.hpp"
 #include "parallel.hpp"
 #include "select.hpp"
@@ -50,8 +49,8 @@ int32_t infllm2_parallel(ParallelFor pool, Operation operation, const void *args
 
 // Sizes do not depend on the level.
 int64_t infllm2_select_work(const infllm2_shape *s, const infllm2_selection *c) {
-    return round_up(select_work(s, c) + 4 * select_tokens(s) * c->budget + 128, 64);
+    return round_up(select_work(s, c) + lists_work(s, c) + 128, 64);
 }
-int64_t infllm2_attend_work(const infllm2_shape *s) { return round_up(attend_work(s), 64); }
+int64_t infllm2_attend_work(const infllm2_shape *s, int64_t block_size) { return round_up(attend_work(s, block_size), 64); }
 int64_t infllm2_partial_floats(const infllm2_shape *s) { return most_lanes(s) * (s->dim + 2); }
 }

@@ -24,10 +24,10 @@ template <class V> using Bf16 = Bf16Pairs<V>;
 template <class V> using Bf16 = Bf16Widened<V>;
 #endif
 
-// Few rows leave half of a wide vector idle: then the narrow one takes half the time.
-template <class Run> int32_t dispatch(const infllm2_shape &s, int64_t rows, Run run) {
-    if (s.dtype == 0) return rows <= Narrow::L ? run(Float32<Narrow>()) : run(Float32<Wide>());
-    if (s.dtype == 1) return rows <= Narrow::L ? run(Bf16<Narrow>()) : run(Bf16<Wide>());
+// Few rows leave half of a wide vector idle, and then the narrow one takes half the time: all come in both.
+template <class Run> int32_t dispatch(const infllm2_shape &s, Run run) {
+    if (s.dtype == 0) return run(Float32<Narrow>(), Float32<Wide>()), 0;
+    if (s.dtype == 1) return run(Bf16<Narrow>(), Bf16<Wide>()), 0;
     return 1;
 }
 
@@ -37,29 +37,24 @@ template <class Run> int32_t dispatch(const infllm2_shape &s, int64_t rows, Run 
 
 using namespace native;
 
+#define N decltype(narrow)
+#define W decltype(wide)
+
 extern "C" {
 
 int32_t NAME(infllm2_select_, NATIVE_LEVEL)(const infllm2_select_args *a, int32_t ith, int32_t nth) {
-    return dispatch(a->shape, select_tokens(&a->shape) * a->shape.group, [&](auto format) {
-        return select<decltype(format)>(a, ith, nth), 0;
-    });
+    return dispatch(a->shape, [&](auto narrow, auto wide) { select<N, W>(a, ith, nth); });
 }
 
 int32_t NAME(infllm2_attend_, NATIVE_LEVEL)(const infllm2_attend_args *a, int32_t ith, int32_t nth) {
-    return dispatch(a->shape, tokens_at_once(a) * a->shape.group, [&](auto format) {
-        return attend<decltype(format)>(a, ith, nth), 0;
-    });
+    return dispatch(a->shape, [&](auto narrow, auto wide) { attend<N, W>(a, ith, nth, false); });
 }
 
 int32_t NAME(infllm2_merge_, NATIVE_LEVEL)(const infllm2_attend_args *a, int32_t ith, int32_t nth) {
-    return dispatch(a->shape, tokens_at_once(a) * a->shape.group, [&](auto format) {
-        return merge<decltype(format)>(a, ith, nth), 0;
-    });
+    return dispatch(a->shape, [&](auto narrow, auto wide) { attend<N, W>(a, ith, nth, true); });
 }
 
 int32_t NAME(infllm2_run_, NATIVE_LEVEL)(const infllm2_run_args *a, int32_t ith, int32_t nth) {
-    return dispatch(a->attend.shape, a->attend.shape.group, [&](auto format) {
-        return run<decltype(format)>(a, ith, nth), 0;
-    });
+    return dispatch(a->attend.shape, [&](auto narrow, auto wide) { run<N, W>(a, ith, nth); });
 }
 }

@@ -1,4 +1,4 @@
-// Selection and attention of each query in one go, so that the list of blocks never leaves the near cache.
+// Selection and attention of each tile of tokens in one go: the lists of blocks never leave the near cache.
 #pragma once
 #include "attend.hpp"
 #include "select.hpp"
@@ -6,26 +6,35 @@
 namespace native {
 inline namespace NATIVE_LEVEL {
 
-template <class Format> void run(const infllm2_run_args *args, int32_t ith, int32_t nth) {
+template <class Narrow, class Wide> void select_tile(const infllm2_select_args *s, char *work, int64_t b, int64_t h, int64_t first, int64_t count, int32_t *blocks) {
+    const int64_t step = select_tokens(&s->shape);
+    for (int64_t t = 0; t < count; t += step) {
+        const int64_t some = count - t < step ? count - t : step;
+        int32_t *out = blocks + t * s->selection.budget;
+        if (some * s->shape.group <= Narrow::Lanes::L)
+            Selector<Narrow>(s, work, b, h, first + t, some).run(out);
+        else
+            Selector<Wide>(s, work, b, h, first + t, some).run(out);
+    }
+}
+
+template <class Narrow, class Wide> void select(const infllm2_select_args *s, int32_t ith, int32_t nth) {
+    for_tiles(s->shape, select_tokens(&s->shape), 1, ith, nth, [&](auto b, auto h, auto first, auto count, auto pair, auto) {
+        select_tile<Narrow, Wide>(s, s->work + ith * s->work_stride, b, h, first, count, s->blocks + (pair * s->shape.queries + first) * s->selection.budget);
+    });
+}
+
+template <class Narrow, class Wide> void run(const infllm2_run_args *args, int32_t ith, int32_t nth) {
     const infllm2_select_args *s = &args->select;
     const infllm2_attend_args *a = &args->attend;
-    const infllm2_shape &shape = s->shape;
-    const int64_t step = select_tokens(&shape), tiles = (shape.queries + step - 1) / step, budget = s->selection.budget;
     char *work = s->work + ith * s->work_stride;
-    // Behind selection's own scratch: a list of blocks for each token of a tile, if the caller keeps none.
-    int32_t *lists = reinterpret_cast<int32_t *>(work + s->work_stride - round_up(4 * step * budget, 64));
-    for (int64_t item = ith; item < shape.batch * shape.kv_heads * tiles; item += nth) {
-        const int64_t pair = item / tiles, first = item % tiles * step;
-        const int64_t count = shape.queries - first < step ? shape.queries - first : step;
-        const int64_t b = pair / shape.kv_heads, h = pair % shape.kv_heads;
-        int32_t *blocks = s->blocks ? s->blocks + (pair * shape.queries + first) * budget : lists;
-        Selector<Format>(s, work, b, h, first, count).run(blocks);
-        for (int64_t i = 0; i < count; ++i) {
-            Unit<Format> unit(a, a->work + ith * a->work_stride, b, h, first + i, 1);
-            unit.visit_all(blocks + i * budget, budget, 0, 1);
-            unit.finish();
-        }
-    }
+    // Behind selection's own scratch: a tile's lists of blocks, if the caller keeps none.
+    int32_t *lists = reinterpret_cast<int32_t *>(work + s->work_stride - lists_work(&s->shape, &s->selection));
+    for_tiles(s->shape, a->tile, 1, ith, nth, [&](auto b, auto h, auto first, auto count, auto pair, auto) {
+        int32_t *blocks = s->blocks ? s->blocks + (pair * s->shape.queries + first) * s->selection.budget : lists;
+        select_tile<Narrow, Wide>(s, work, b, h, first, count, blocks);
+        attend_tile<Narrow, Wide>(a, a->work + ith * a->work_stride, b, h, first, count, blocks);
+    });
 }
 
 }  // namespace NATIVE_LEVEL

@@ -1,8 +1,7 @@
 // Which blocks a query visits (arXiv 2509.24663, sections 3.2 and 3.3), in one pass over the compressed keys:
 // scores of a few tokens at a time, pooled to blocks and ranked at once, so that L²/16 scores are never held.
 #pragma once
-#include "args.h"
-#include "formats.hpp"
+#include "rows.hpp"
 
 namespace native {
 inline namespace NATIVE_LEVEL {
@@ -28,6 +27,11 @@ inline int64_t score_width(const infllm2_shape *s, const infllm2_selection *c) {
 inline int64_t select_work(const infllm2_shape *s, const infllm2_selection *c) {
     const int64_t lanes = select_lanes(s);
     return 4 * (lanes * (s->dim + 4) + 2 * (TILE + 1) * 16 + 16 * 16 + TILE * s->dim + select_tokens(s) * score_width(s, c)) + 1024;
+}
+// Lists of blocks of the tokens of one tile, at most MOST_ROWS.
+inline int64_t lists_work(const infllm2_shape *s, const infllm2_selection *c) {
+    const int64_t tokens = MOST_ROWS / s->group;
+    return 4 * (tokens < 1 ? 1 : tokens) * c->budget;
 }
 inline Scratch scratch_in(char *work, const infllm2_shape *s, const infllm2_selection *c) {
     const int64_t lanes = select_lanes(s);
@@ -81,10 +85,12 @@ template <class Format> struct Selector {
         }
     }
 
-    // Logits (not scaled) of kernels [start, start + n) for G lane groups from g on.
-    template <int G> void logits(const infllm2_tensor &kernels, int64_t start, int n, int g) {
+    // Logits (not scaled) of kernels [start, start + n) for G lane groups from g on; more to come up to `most`.
+    template <int G> void logits(const infllm2_tensor &kernels, int64_t start, int n, int64_t most, int g) {
         const Source *k = static_cast<const Source *>(kernels.data) + batch * kernels.batch + head * kernels.head + start * kernels.row;
-        scores<Format, G>(Format::keys(k, kernels.row, n, dim, r.key_scratch), n, r.q + ptrdiff_t(g) * depth * L, depth, r.scores);
+        const bool ahead = G == 1 && start + 2 * TILE <= most && kernels.row == dim;
+        scores<Format, G>(Format::keys(k, kernels.row, n, dim, r.key_scratch), n, r.q + ptrdiff_t(g) * depth * L, depth, r.scores,
+                          ahead ? reinterpret_cast<const char *>(k + TILE * kernels.row) : nullptr);
     }
 
     // How many kernels each lane of a pair of groups sees; returns the fewest and the most of real rows.
@@ -106,7 +112,7 @@ template <class Format> struct Selector {
         for (int i = 0; i < G; ++i) V::store(r.top + i * L, V::set(LOWEST)), V::store(r.sum + i * L, V::zero());
         for (int64_t start = 0; start < most; start += TILE) {
             const int n = int(most - start < TILE ? most - start : TILE);
-            logits<G>(kernels, start, n, g);
+            logits<G>(kernels, start, n, most, g);
             for (int i = 0; i < G; ++i) {
                 float *x = r.scores + i * TILE * L;
                 T best = never;
@@ -136,7 +142,7 @@ template <class Format> struct Selector {
         const int overlap = c.kernel_size / c.kernel_stride - 1;
         for (int64_t start = 0; start < most; start += TILE) {
             const int n = int(most - start < TILE ? most - start : TILE);
-            logits<G>(a->fine, start, n, g);
+            logits<G>(a->fine, start, n, most, g);
             for (int i = 0; i < G; ++i) {
                 float *x = r.scores + i * TILE * L;
                 const T minus = V::mul(V::load(lse + i * L), V::set(-1.f));
@@ -148,7 +154,7 @@ template <class Format> struct Selector {
                 // Sum over the heads of a token, in their order.
                 for (int j0 = 0; j0 < n; j0 += L) {
                     const int some = n - j0 < L ? n - j0 : L;
-                    turn<V>(x + j0 * L, r.turned);
+                    V::transpose(x + j0 * L, r.turned);
                     for (int lane = 0; lane < L && (g + i) * L + lane < rows; ++lane) {
                         const int row = (g + i) * L + lane;
                         float *to = r.tokens + row / group * r.width + overlap + start + j0;
@@ -216,7 +222,7 @@ template <class Format> struct Selector {
         int64_t above = end - begin;
         for (uint32_t bit = 1u << 30; bit && room; bit >>= 1) {
             const uint32_t trial = threshold | bit;
-            int64_t count = 0;
+            int32_t count = 0;
             for (int64_t m = begin; m < end; ++m) count += bits[m] >= trial;
             if (count >= room) threshold = trial, above = count;
             if (count == room) break;
@@ -241,8 +247,6 @@ template <class Format> struct Selector {
     void pool(float *score, int64_t seen, int64_t begin, int64_t end) const {
         const int per_block = c.block_size / c.kernel_stride, overlap = c.kernel_size / c.kernel_stride - 1;
         const float most = 3.402823466e38f;
-        for (int64_t m = 0; m < begin; ++m) score[m] = 0.f;
-        for (int64_t j = 0; j < overlap && begin == 0; ++j) score[j] = 0.f;
         const float *kernels = score + overlap;
         for (int64_t m = begin; m < end; ++m) {
             int64_t from = m * per_block - overlap, to = (m + 1) * per_block;
@@ -252,24 +256,7 @@ template <class Format> struct Selector {
             score[m] = best < most ? best : most;
         }
     }
-
-    // 16 (or 8) vectors of as many lanes, transposed.
-    template <class W> static void turn(const float *x, float *out) {
-        for (int i = 0; i < W::L; ++i)
-            for (int j = 0; j < W::L; ++j) out[j * W::L + i] = x[i * W::L + j];
-    }
 };
-
-template <class Format> void select(const infllm2_select_args *a, int32_t ith, int32_t nth) {
-    const infllm2_shape &s = a->shape;
-    const int64_t step = select_tokens(&s), tiles = (s.queries + step - 1) / step;
-    for (int64_t item = ith; item < s.batch * s.kv_heads * tiles; item += nth) {
-        const int64_t pair = item / tiles, first = item % tiles * step;
-        const int64_t count = s.queries - first < step ? s.queries - first : step;
-        Selector<Format> selector(a, a->work + ith * a->work_stride, pair / s.kv_heads, pair % s.kv_heads, first, count);
-        selector.run(a->blocks + (pair * s.queries + first) * a->selection.budget);
-    }
-}
 
 }  // namespace NATIVE_LEVEL
 }  // namespace native

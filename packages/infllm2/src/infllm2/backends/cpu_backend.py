@@ -19,10 +19,10 @@ from infllm2.backends.cpu_library import (
     Kernels,
     RunArgs,
     SelectArgs,
-    Selection,
-    Shape,
-    Strided,
     kernels,
+    selection_of,
+    shape_of,
+    strided,
 )
 from infllm2.config import InfLLMv2Config
 
@@ -45,14 +45,20 @@ class CpuBackend:
         self, q: Tensor, fine: Tensor, coarse: Tensor, length: int, config: InfLLMv2Config
     ) -> Tensor:
         """Blocks `[B, K, T, budget]`; see the protocol."""
-        B, _, T, D = q.shape
-        blocks = torch.empty(B, fine.shape[1], T, config.budget, dtype=torch.int32)
+        blocks = torch.empty(
+            q.shape[0], fine.shape[1], q.shape[2], config.budget, dtype=torch.int32
+        )
         if blocks.numel():
             q, fine, coarse = _rows(q), _rows(fine), _rows(coarse)
             threads = torch.get_num_threads()
-            args, _work = _select_args(_library(), q, fine, coarse, length, config, threads)
-            args.blocks = blocks.data_ptr()
-            _library().select(args, threads)
+            library = _library()
+            shape, selection = shape_of(q, fine.shape[1], length), selection_of(config, q.shape[3])
+            size = library.sizes(shape, selection=selection)[0]
+            args = SelectArgs(
+                *shape, *selection, *strided(q), *strided(fine), *strided(coarse),
+                blocks.data_ptr(), library.scratch(threads * size), size,
+            )  # fmt: skip
+            library.select(args, threads)
         return blocks
 
     def attend(
@@ -81,7 +87,8 @@ class CpuBackend:
         B, H, T, D = q.shape
         K, S = k.shape[1:3]
         threads = torch.get_num_threads()
-        if B * K * T < threads:  # fewer queries than threads: share out the blocks of each
+        if B * K * T < threads or (B * K * T % threads and B * K * T < 4 * threads):
+            # Too few queries to go round: the blocks of each are shared out instead.
             blocks = self.select(q, fine, coarse, S, config)
             return _attend(q, k, v, blocks, config.block_size, scale)[0], blocks
         out = torch.empty(B, H, T, D, dtype=q.dtype)
@@ -89,14 +96,17 @@ class CpuBackend:
         if out.numel():
             q, k, v, fine, coarse = (_rows(x) for x in (q, k, v, fine, coarse))
             library = _library()
-            select, _work = _select_args(library, q, fine, coarse, S, config, threads)
-            select.blocks = blocks.data_ptr()
-            attend, _more = _attend_args(
-                library, q, k, v, None, out, None, config.block_size, scale, threads, 1
-            )
-            attend.width = config.budget
-            attend.blocks = blocks.data_ptr()
-            library.run(RunArgs(select, attend), threads)
+            shape, selection = shape_of(q, K, S), selection_of(config, D)
+            mine, theirs, _ = library.sizes(shape, config.block_size, selection)
+            work = library.scratch(threads * (mine + theirs))
+            args = RunArgs(
+                *shape, *selection, *strided(q), *strided(fine), *strided(coarse),
+                blocks.data_ptr(), work, mine,
+                *shape, *strided(q), *strided(k), *strided(v),
+                blocks.data_ptr(), config.budget, out.data_ptr(), None, work + threads * mine,
+                theirs, None, 1, _tile(B * K, T, H // K, threads), config.block_size, scale,
+            )  # fmt: skip
+            library.run(args, threads)
         return out, blocks
 
 
@@ -131,66 +141,27 @@ def _library() -> Kernels:
     return library
 
 
+def _tile(pairs: int, queries: int, group: int, threads: int) -> int:
+    """Tokens that are done together: 128 rows, or fewer where threads would have nothing to do."""
+    tile = max(1, min(128 // group, queries))
+    while tile > 1 and pairs * -(-queries // tile) < 4 * threads:
+        tile //= 2
+    return tile
+
+
 def _rows(x: Tensor) -> Tensor:
     """The tensor itself where the kernels can read it: rows contiguous, bfloat16 on 32 bits."""
-    aligned = x.dtype == torch.float32 or (
-        not any(s % 2 for s in x.stride()[:3]) and x.data_ptr() % 4 == 0
-    )
-    return x if x.stride(3) == 1 and aligned else x.contiguous().clone()
-
-
-def _select_args(
-    library: Kernels,
-    q: Tensor,
-    fine: Tensor,
-    coarse: Tensor,
-    length: int,
-    config: InfLLMv2Config,
-    threads: int,
-) -> tuple[SelectArgs, Tensor]:
-    """Arguments without `blocks`, and the scratch memory they point into."""
-    shape = Shape.of(q, fine.shape[1], length)
-    selection = Selection.of(config, q.shape[3])
-    size = library.select_work(shape, selection)
-    work = torch.empty(threads * size, dtype=torch.uint8)
-    args = SelectArgs(
-        shape, selection, Strided.of(q), Strided.of(fine), Strided.of(coarse),
-        None, work.data_ptr(), size,
-    )  # fmt: skip
-    return args, work
-
-
-def _attend_args(
-    library: Kernels,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor | None,
-    out: Tensor,
-    lse: Tensor | None,
-    block_size: int,
-    scale: float,
-    threads: int,
-    splits: int,
-) -> tuple[AttendArgs, tuple[Tensor, ...]]:
-    """Arguments, and what they point into."""
-    shape = Shape.of(q, k.shape[1], k.shape[2])
-    size = library.attend_work(shape)
-    work = torch.empty(threads * size, dtype=torch.uint8)
-    units = q.shape[0] * k.shape[1] * q.shape[2]
-    partial = None if splits == 1 else torch.empty(units * splits * library.partial_floats(shape))
-    args = AttendArgs(
-        shape, Strided.of(q), Strided.of(k), Strided.of(v),
-        None if blocks is None else blocks.data_ptr(), 0 if blocks is None else blocks.shape[3],
-        out.data_ptr(), None if lse is None else lse.data_ptr(), work.data_ptr(), size,
-        None if partial is None else partial.data_ptr(), splits, block_size, 0, scale, 0,
-    )  # fmt: skip
-    return args, tuple(x for x in (work, partial, blocks) if x is not None)
+    batch, head, row, column = x.stride()
+    if column == 1:
+        if x.dtype == torch.float32 or not ((batch | head | row) & 1 or x.data_ptr() & 3):
+            return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over the listed blocks, or over all for `blocks=None`."""
     B, H, T, D = q.shape
     K = k.shape[1]
     out = torch.empty(B, H, T, D, dtype=q.dtype)
@@ -200,17 +171,26 @@ def _attend(
     if blocks is not None and not blocks.shape[3]:
         return out.zero_(), lse.fill_(-math.inf)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    if scale < 0:  # the running maximum wants a positive factor
+    if scale < 0:  # the running maximum wants a factor that keeps the order
         q, scale = -q, -scale
     blocks = None if blocks is None else blocks.contiguous()
     threads = torch.get_num_threads()
     library = _library()
     # With few units of work, each is cut so that every thread has some (split-KV decoding).
-    units = B * K * T if blocks is not None else B * K * -(-T * (H // K) // 128)
+    tile = _tile(B * K, T, H // K, threads)
+    units = B * K * -(-T // tile)
     splits = 1 if units % threads == 0 or units >= 4 * threads else threads
-    args, _kept = _attend_args(
-        library, q, k, v, blocks, out, lse, block_size, scale, threads, splits
-    )
+    if splits > 1 and blocks is not None:
+        tile, units = 1, B * K * T
+    shape = shape_of(q, K, k.shape[2])
+    _, size, floats = library.sizes(shape, block_size)
+    partial = None if splits == 1 else torch.empty(units * splits * floats)
+    args = AttendArgs(
+        *shape, *strided(q), *strided(k), *strided(v),
+        None if blocks is None else blocks.data_ptr(), 0 if blocks is None else blocks.shape[3],
+        out.data_ptr(), lse.data_ptr(), library.scratch(threads * size), size,
+        None if partial is None else partial.data_ptr(), splits, tile, block_size, scale,
+    )  # fmt: skip
     library.attend(args, threads)
     if splits > 1:
         library.merge(args, threads)

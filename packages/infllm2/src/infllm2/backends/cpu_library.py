@@ -1,12 +1,18 @@
-"""The C interface of the CPU kernels (`csrc/args.h`) as ctypes sees it."""
+"""The C interface of the CPU kernels (`csrc/args.h`) as ctypes sees it.
+
+A decoding step is a few hundred microseconds, so what Python adds is kept small: structures are
+flat and filled in one call, scratch memory is kept between calls, its sizes are remembered.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import os
+import threading
 from ctypes import Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,100 +23,81 @@ from infllm2.config import COARSE_FACTOR, InfLLMv2Config
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-class Strided(Structure):
-    """infllm2_tensor: address and strides of `[batch, head, row, D]`, the last axis contiguous."""
-
-    _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64)]
-
-    @classmethod
-    def of(cls, x: Tensor) -> Strided:
-        """Describe a tensor; it must outlive the call."""
-        batch, head, row, _ = x.stride()
-        return cls(x.data_ptr(), batch, head, row)
+def _fields(kind: Any, prefix: str, names: str) -> list[tuple[str, Any]]:
+    return [(prefix + name, kind) for name in names.split()]
 
 
-class Shape(Structure):
-    """infllm2_shape."""
-
-    _fields_ = [
-        *((n, c_int64) for n in ("batch", "kv_heads", "group", "queries", "keys", "dim")),
-        *((n, c_int32) for n in ("dtype", "unused")),
-    ]
-
-    @classmethod
-    def of(cls, q: Tensor, kv_heads: int, keys: int) -> Shape:
-        """Of q `[B, H, T, D]` and the number of keys."""
-        B, H, T, D = q.shape
-        return cls(B, kv_heads, H // kv_heads, T, keys, D, DTYPES[q.dtype], 0)
+def _strided(name: str) -> list[tuple[str, Any]]:
+    return [(name, c_void_p), *_fields(c_int64, name + "_", "batch head row")]
 
 
-class Selection(Structure):
-    """infllm2_selection."""
-
-    _fields_ = [
-        *(
-            (n, c_int32)
-            for n in (
-                "kernel_size", "kernel_stride", "coarse_factor", "block_size",
-                "init_blocks", "window_blocks", "budget", "exact",
-            )
-        ),
-        ("scale", c_float),
-        ("unused", c_int32),
-    ]  # fmt: skip
-
-    @classmethod
-    def of(cls, config: InfLLMv2Config, dim: int) -> Selection:
-        """Of the configuration, for heads of `dim`."""
-        return cls(
-            config.kernel_size, config.kernel_stride, COARSE_FACTOR, config.block_size,
-            config.init_blocks, config.window_blocks, config.budget, config.lse == "exact",
-            dim**-0.5, 0,
-        )  # fmt: skip
-
-
-class SelectArgs(Structure):
-    """infllm2_select_args."""
-
-    _fields_ = [
-        ("shape", Shape),
-        ("selection", Selection),
-        ("q", Strided),
-        ("fine", Strided),
-        ("coarse", Strided),
-        ("blocks", c_void_p),
-        ("work", c_void_p),
-        ("work_stride", c_int64),
-    ]
+_SHAPE = [
+    *_fields(c_int64, "", "batch kv_heads group queries keys dim"),
+    *_fields(c_int32, "", "dtype unused"),
+]
+_SELECTION = [
+    *_fields(c_int32, "", "kernel_size kernel_stride coarse_factor block_size"),
+    *_fields(c_int32, "", "init_blocks window_blocks budget exact"),
+    ("scale", c_float),
+    ("unused", c_int32),
+]
+_SELECT = [
+    *_SHAPE,
+    *_SELECTION,
+    *_strided("q"),
+    *_strided("fine"),
+    *_strided("coarse"),
+    *_fields(c_void_p, "", "blocks work"),
+    ("work_stride", c_int64),
+]
+_ATTEND = [
+    *_SHAPE,
+    *_strided("q"),
+    *_strided("k"),
+    *_strided("v"),
+    ("blocks", c_void_p),
+    ("width", c_int64),
+    *_fields(c_void_p, "", "out lse work"),
+    ("work_stride", c_int64),
+    ("partial", c_void_p),
+    *_fields(c_int64, "", "splits tile"),
+    ("block_size", c_int32),
+    ("scale", c_float),
+]
 
 
-class AttendArgs(Structure):
-    """infllm2_attend_args."""
-
-    _fields_ = [
-        ("shape", Shape),
-        ("q", Strided),
-        ("k", Strided),
-        ("v", Strided),
-        ("blocks", c_void_p),
-        ("width", c_int64),
-        ("out", c_void_p),
-        ("lse", c_void_p),
-        ("work", c_void_p),
-        ("work_stride", c_int64),
-        ("partial", c_void_p),
-        ("splits", c_int64),
-        ("block_size", c_int32),
-        ("unused", c_int32),
-        ("scale", c_float),
-        ("unused2", c_int32),
-    ]
+def _structure(name: str, *parts: list[tuple[str, Any]]) -> type[Structure]:
+    flat = [(f"f{i}_{n}", kind) for i, (n, kind) in enumerate(f for part in parts for f in part)]
+    return type(name, (Structure,), {"_fields_": flat})
 
 
-class RunArgs(Structure):
-    """infllm2_run_args."""
+# Built from the tuples below, in the order of csrc/args.h.
+Shape = _structure("Shape", _SHAPE)
+Selection = _structure("Selection", _SELECTION)
+SelectArgs = _structure("SelectArgs", _SELECT)
+AttendArgs = _structure("AttendArgs", _ATTEND)
+RunArgs = _structure("RunArgs", _SELECT, _ATTEND)
 
-    _fields_ = [("select", SelectArgs), ("attend", AttendArgs)]
+
+def shape_of(q: Tensor, kv_heads: int, keys: int) -> tuple[int, ...]:
+    """infllm2_shape of q `[B, H, T, D]`."""
+    B, H, T, D = q.shape
+    return B, kv_heads, H // kv_heads, T, keys, D, DTYPES[q.dtype], 0
+
+
+def strided(x: Tensor) -> tuple[int, ...]:
+    """infllm2_tensor of `[batch, head, row, D]`, whose last axis is contiguous."""
+    return x.data_ptr(), *x.stride()[:3]
+
+
+@functools.lru_cache(64)
+def selection_of(config: InfLLMv2Config, dim: int) -> tuple[float, ...]:
+    """infllm2_selection for heads of `dim`."""
+    return (
+        config.kernel_size, config.kernel_stride, COARSE_FACTOR, config.block_size,
+        config.init_blocks, config.window_blocks, config.budget, config.lse == "exact",
+        dim**-0.5, 0,
+    )  # fmt: skip
 
 
 class Kernels:
@@ -127,26 +114,48 @@ class Kernels:
             _native.Operation(library, "infllm2", name) for name in names
         )
         self._select_work = _sizer(library.infllm2_select_work, 2)
-        self._attend_work = _sizer(library.infllm2_attend_work, 1)
+        self._attend_work = _sizer(library.infllm2_attend_work, 1, 1)
         self._partial_floats = _sizer(library.infllm2_partial_floats, 1)
         library.infllm2_level_name.restype = c_char_p
         self.level = library.infllm2_level_name(library.infllm2_level()).decode()
+        self._local = threading.local()
 
-    def select_work(self, shape: Shape, selection: Selection) -> int:
-        """Bytes of scratch a thread for `select` and `run`."""
-        return self._select_work(ctypes.addressof(shape), ctypes.addressof(selection))
+    @functools.lru_cache(1024)  # noqa: B019 - one instance, alive as long as the process
+    def _sizes(
+        self, shape: tuple[int, ...], block_size: int, selection: tuple[float, ...] | None
+    ) -> tuple[int, int, int]:
+        ours = Shape(*shape)
+        chosen = None if selection is None else Selection(*selection)
+        return (
+            0 if chosen is None else self._select_work(ctypes.byref(ours), ctypes.byref(chosen)),
+            self._attend_work(ctypes.byref(ours), block_size),
+            self._partial_floats(ctypes.byref(ours)),
+        )
 
-    def attend_work(self, shape: Shape) -> int:
-        """Bytes of scratch a thread for `attend`, `merge` and `run`."""
-        return self._attend_work(ctypes.addressof(shape))
+    def sizes(
+        self,
+        shape: tuple[int, ...],
+        block_size: int = 64,
+        selection: tuple[float, ...] | None = None,
+    ) -> tuple[int, int, int]:
+        """(bytes a thread for `select`, bytes a thread for `attend`, floats of a partial result).
 
-    def partial_floats(self, shape: Shape) -> int:
-        """Floats for each unit of work and split."""
-        return self._partial_floats(ctypes.addressof(shape))
+        For the number of keys rounded up, so that decoding steps share an answer.
+        """
+        return self._sizes(
+            (*shape[:4], -(-shape[4] // 4096) * 4096, *shape[5:]), block_size, selection
+        )
+
+    def scratch(self, size: int) -> int:
+        """Address of at least `size` bytes, this Python thread's own until its next call."""
+        kept = getattr(self._local, "memory", None)
+        if kept is None or kept.numel() < size:
+            kept = self._local.memory = torch.empty(size, dtype=torch.uint8)
+        return kept.data_ptr()
 
 
-def _sizer(function: ctypes._FuncPointer, arguments: int) -> ctypes._FuncPointer:
-    function.restype, function.argtypes = c_int64, [c_void_p] * arguments
+def _sizer(function: Any, pointers: int, numbers: int = 0) -> Any:
+    function.restype, function.argtypes = c_int64, [c_void_p] * pointers + [c_int64] * numbers
     return function
 
 

@@ -1,0 +1,230 @@
+// Softmax attention of packed rows over tiles of keys, with a running maximum (Milakov & Gimelshein,
+// arXiv 1805.02867; FlashAttention, 2205.14135). Rows are lanes: heads of a group, or tokens × heads.
+#pragma once
+#include "args.h"
+#include "formats.hpp"
+
+namespace native {
+inline namespace NATIVE_LEVEL {
+
+// Rows of one unit of work, in groups of L lanes. All arrays are the thread's own.
+struct Rows {
+    float *q, *out, *top, *sum, *scores, *key_scratch, *value_scratch;
+    int32_t *visible;
+    uint64_t (*visitors)[2];  // for each block, which tokens of a tile visit it
+};
+
+constexpr int MOST_ROWS = 128;  // of a unit of work: enough to use a tile of keys from the near cache often
+
+template <class V> inline int lane_groups(int64_t rows) { return int((rows + V::L - 1) / V::L); }
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// The largest number of lanes any unit has, whatever the vector's width.
+inline int64_t most_lanes(const infllm2_shape *s) { return round_up(s->group > MOST_ROWS ? s->group : MOST_ROWS, 16); }
+
+// Bytes a thread, for blocks of `block_size` keys.
+inline int64_t attend_work(const infllm2_shape *s, int64_t block_size) {
+    const int64_t lanes = most_lanes(s);
+    return 4 * (lanes * (2 * s->dim + 3) + 2 * (TILE + 1) * 16 + 2 * TILE * s->dim) + 16 * (s->keys / block_size + 1) + 1024;
+}
+
+inline Rows rows_in(char *work, const infllm2_shape *s) {
+    const int64_t lanes = most_lanes(s), dim = s->dim;
+    float *p = reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(work) + 63) & ~uintptr_t(63));
+    Rows r;
+    r.q = p, p += lanes * dim;
+    r.out = p, p += lanes * dim;
+    r.scores = p, p += 2 * (TILE + 1) * 16;
+    r.key_scratch = p, p += TILE * dim;
+    r.value_scratch = p, p += TILE * dim;
+    r.top = p, p += lanes;
+    r.sum = p, p += lanes;
+    r.visible = reinterpret_cast<int32_t *>(p), p += lanes;
+    r.visitors = reinterpret_cast<uint64_t(*)[2]>(p);
+    return r;
+}
+
+// One tile of n keys for G lane groups. visible: how many of them each lane sees; null if all do.
+template <class Format, int G>
+inline void update(const float *q, int depth, int dim, float scale, const Tile<typename Format::Dot::Unit> &keys,
+                   const Tile<typename Format::Dot::Unit> &values, int n, const int32_t *visible, float *out,
+                   float *top, float *sum, float *s, const char *next_keys, const char *next_values) {
+    using V = typename Format::Lanes;
+    using T = typename V::T;
+    constexpr int L = V::L, GROUP = TILE * L;
+    scores<Format, G>(keys, n, q, depth, s, next_keys);
+    const T factor = V::set(scale), never = V::set(-INFINITY);
+    for (int g = 0; g < G; ++g) {
+        float *x = s + g * GROUP;
+        T best = never;
+        for (int i = 0; i < n; ++i) {
+            T value = V::load(x + i * L);
+            if (visible) {
+                value = V::where_reached(i, visible + g * L, never, value);
+                V::store(x + i * L, value);
+            }
+            best = V::max(value, best);
+        }
+        const T before = V::load(top + g * L), now = V::max(before, V::mul(best, factor));
+        const T minus = V::mul(now, V::set(-1.f));
+        T total = V::load(sum + g * L);
+        if (V::any_greater(now, before)) {
+            const T shrink = V::exp2(V::add(before, minus));
+            total = V::mul(total, shrink);
+            float *o = out + ptrdiff_t(g) * dim * L;
+            for (int d = 0; d < dim; ++d) V::store(o + d * L, V::mul(V::load(o + d * L), shrink));
+            V::store(top + g * L, now);
+        }
+        for (int i = 0; i < n; ++i) {
+            const T weight = V::template exp2<Format::EXP_DEGREE>(V::fma(V::load(x + i * L), factor, minus));
+            total = V::add(total, weight);
+            V::store(x + i * L, weight);
+        }
+        V::store(sum + g * L, total);
+        Format::pack_weights(x, n);
+    }
+    broadcast_gemm<V, typename Format::Dot, G, 1>(values.data, values.column, values.step, s, GROUP, Format::units(n),
+                                                  dim, out, ptrdiff_t(dim) * L, true, next_values);
+}
+
+// The rows of queries [first, first + tokens) of one batch row and key-value head.
+template <class Format> struct Unit {
+    using V = typename Format::Lanes;
+    using Source = typename Format::Source;
+    static constexpr int L = V::L;
+    const infllm2_attend_args *a;
+    Rows r;
+    int64_t batch, head, first, tokens;
+    int rows, groups, depth, dim;
+
+    Unit(const infllm2_attend_args *args, char *work, int64_t b, int64_t h, int64_t t, int64_t count)
+        : a(args), r(rows_in(work, &args->shape)), batch(b), head(h), first(t), tokens(count) {
+        dim = int(a->shape.dim);
+        depth = Format::units(dim);
+        rows = int(tokens * a->shape.group);
+        groups = lane_groups<V>(rows);
+        if (std::is_same<typename Format::Dot::Unit, float>::value) depth = dim;
+        std::memset(r.q, 0, sizeof(float) * groups * depth * L);
+        std::memset(r.out, 0, sizeof(float) * groups * dim * L);
+        for (int i = 0; i < rows; ++i)
+            Format::pack_query(query(i), dim, r.q + ptrdiff_t(i / L) * depth * L + i % L, L);
+        for (int i = 0; i < groups * L; ++i) r.top[i] = LOWEST, r.sum[i] = 0.f;
+    }
+
+    const Source *query(int row) const {
+        const int64_t h = head * a->shape.group + row % a->shape.group, t = first + row / a->shape.group;
+        return static_cast<const Source *>(a->q.data) + batch * a->q.batch + h * a->q.head + t * a->q.row;
+    }
+    // Absolute position of a row's token.
+    int64_t position(int row) const { return a->shape.keys - a->shape.queries + first + row / a->shape.group; }
+
+    // Keys [start, start + n); `next` begins the tile after it, -1 if there is none. Of the tokens only those whose
+    // bits (from `bit` on) are set in `visitors` attend; all do if it is null.
+    void visit(int64_t start, int n, int64_t next, const uint64_t *visitors = nullptr, int bit = 0) {
+        const Source *k = static_cast<const Source *>(a->k.data) + batch * a->k.batch + head * a->k.head + start * a->k.row;
+        const Source *v = static_cast<const Source *>(a->v.data) + batch * a->v.batch + head * a->v.head + start * a->v.row;
+        const auto keys = Format::keys(k, a->k.row, n, dim, r.key_scratch);
+        const auto values = Format::values(v, a->v.row, n, dim, r.value_scratch);
+        const bool ahead = next >= 0 && groups == 1 && a->k.row == dim && a->v.row == dim;
+        const char *next_keys = ahead ? reinterpret_cast<const char *>(k + (next - start) * a->k.row) : nullptr;
+        const char *next_values = ahead ? reinterpret_cast<const char *>(v + (next - start) * a->v.row) : nullptr;
+        for (int g = 0, step; g < groups; g += step) {
+            step = g + 2 <= groups ? 2 : 1;
+            int32_t least = n, most = 0;
+            for (int i = 0, row = g * L; i < step * L; ++i, ++row) {
+                int64_t seen = row < rows ? position(row) + 1 - start : 0;
+                if (visitors && row < rows) {
+                    const int token = bit + row / int(a->shape.group);
+                    if (!(visitors[token >> 6] >> (token & 63) & 1)) seen = 0;
+                }
+                r.visible[i] = int32_t(seen < 0 ? 0 : (seen > n ? n : seen));
+                if (row < rows) least = r.visible[i] < least ? r.visible[i] : least;
+                most = r.visible[i] > most ? r.visible[i] : most;
+            }
+            if (most == 0) continue;
+            const int32_t *visible = least < n ? r.visible : nullptr;
+            const float *q = r.q + ptrdiff_t(g) * depth * L;
+            float *out = r.out + ptrdiff_t(g) * dim * L;
+            const float scale = a->scale * LOG2E;
+            if (step == 2)
+                update<Format, 2>(q, depth, dim, scale, keys, values, n, visible, out, r.top + g * L, r.sum + g * L, r.scores, next_keys, next_values);
+            else
+                update<Format, 1>(q, depth, dim, scale, keys, values, n, visible, out, r.top + g * L, r.sum + g * L, r.scores, next_keys, next_values);
+        }
+    }
+
+    // The blocks that any of the tokens visits; `visitors` has their bits from `bit` on.
+    void visit_union(const uint64_t (*visitors)[2], int bit) {
+        const int64_t end = position(rows - 1) + 1, blocks = (end + a->block_size - 1) / a->block_size;
+        for (int64_t m = 0; m < blocks; ++m) {
+            if (!any_of(visitors[m], bit, int(tokens))) continue;
+            int64_t start = m * a->block_size, stop = start + a->block_size;
+            for (stop = stop < end ? stop : end; start < stop; start += TILE)
+                visit(start, int(stop - start < TILE ? stop - start : TILE), -1, visitors[m], bit);
+        }
+    }
+
+    static bool any_of(const uint64_t *bits, int from, int count) {
+        for (int i = from; i < from + count; ++i)
+            if (bits[i >> 6] >> (i & 63) & 1) return true;
+        return false;
+    }
+
+    // Share `split` of `splits` of the keys: the listed blocks, or all.
+    void visit_all(const int32_t *blocks, int64_t width, int64_t split, int64_t splits) {
+        const int64_t end = position(rows - 1) + 1;
+        if (!blocks) {
+            const int64_t tiles = (end + TILE - 1) / TILE;
+            for (int64_t i = split * tiles / splits; i < (split + 1) * tiles / splits; ++i) {
+                visit(i * TILE, int(end - i * TILE < TILE ? end - i * TILE : TILE), (i + 2) * TILE <= end ? (i + 1) * TILE : -1);
+            }
+            return;
+        }
+        int64_t count = 0;
+        while (count < width && blocks[count] >= 0) ++count;
+        for (int64_t i = split * count / splits; i < (split + 1) * count / splits; ++i) {
+            int64_t start = int64_t(blocks[i]) * a->block_size, stop = start + a->block_size;
+            const int64_t next = i + 1 < count && a->block_size == TILE ? int64_t(blocks[i + 1]) * TILE : -1;
+            for (stop = stop < end ? stop : end; start < stop; start += TILE)
+                visit(start, int(stop - start < TILE ? stop - start : TILE), next);
+        }
+    }
+
+    void finish() const {
+        for (int i = 0; i < rows; ++i) {
+            const int64_t h = head * a->shape.group + i % a->shape.group, t = first + i / a->shape.group;
+            const int64_t row = (batch * a->shape.kv_heads * a->shape.group + h) * a->shape.queries + t;
+            const float total = r.sum[i], inverse = total == 0.f ? 0.f : 1.f / total;
+            const float *o = r.out + ptrdiff_t(i / L) * dim * L + i % L;
+            Source *out = static_cast<Source *>(a->out) + row * dim;
+            for (int d = 0; d < dim; ++d) from_float(o[d * L] * inverse, out + d);
+            if (a->lse) a->lse[row] = total == 0.f ? -INFINITY : (r.top[i] + std::log2(total)) * LN2;
+        }
+    }
+
+    // Unfinished sums to and from memory: [groups][dim + 2][L].
+    void save(float *to) const {
+        for (int g = 0; g < groups; ++g, to += (dim + 2) * L) {
+            std::memcpy(to, r.out + ptrdiff_t(g) * dim * L, sizeof(float) * dim * L);
+            std::memcpy(to + dim * L, r.top + g * L, sizeof(float) * L);
+            std::memcpy(to + (dim + 1) * L, r.sum + g * L, sizeof(float) * L);
+        }
+    }
+    void absorb(const float *from) {
+        using T = typename V::T;
+        for (int g = 0; g < groups; ++g, from += (dim + 2) * L) {
+            const T mine = V::load(r.top + g * L), theirs = V::load(from + dim * L);
+            const T now = V::max(theirs, mine), minus = V::mul(now, V::set(-1.f));
+            const T a1 = V::exp2(V::add(mine, minus)), a2 = V::exp2(V::add(theirs, minus));
+            float *o = r.out + ptrdiff_t(g) * dim * L;
+            for (int d = 0; d < dim; ++d)
+                V::store(o + d * L, V::fma(V::load(from + d * L), a2, V::mul(V::load(o + d * L), a1)));
+            V::store(r.sum + g * L, V::fma(V::load(from + (dim + 1) * L), a2, V::mul(V::load(r.sum + g * L), a1)));
+            V::store(r.top + g * L, now);
+        }
+    }
+};
+
+}  // namespace NATIVE_LEVEL
+}  // namespace native
