@@ -131,7 +131,8 @@ template <class Format> struct Selector {
                 V::store(r.top + i * L, now), V::store(r.sum + i * L, total);
             }
         }
-        for (int i = 0; i < G * L; ++i) lse[i] = r.sum[i] == 0.f ? -INFINITY : r.top[i] + std::log2(r.sum[i]);
+        for (int i = 0; i < G * L; ++i)  // an infinite logit makes the sum NaN, but the maximum tells
+            lse[i] = r.sum[i] == 0.f ? -INFINITY : r.top[i] == INFINITY ? INFINITY : r.top[i] + std::log2(r.sum[i]);
     }
 
     // Adds exp(logit - lse) of these groups' rows to their tokens' scores.

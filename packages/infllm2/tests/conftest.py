@@ -10,6 +10,17 @@ from torch import Tensor
 from infllm2 import InfLLMv2Config
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the CPU kernels are skipped where they were not built."""
+    from infllm2.backends.cpu_library import kernels
+
+    library, reason = kernels()
+    for item in items:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if library is None and backend == "cpu":
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

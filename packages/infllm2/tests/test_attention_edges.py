@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from infllm2 import InfLLMv2Config, block_sparse_attention, infllmv2_attention, select_blocks
 from infllm2 import attention as attention_module
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "cpu")  # cpu is skipped where it was not built
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -149,13 +149,14 @@ def test_strips_of_queries_join(
 def test_auto_logs_its_choice_once(
     caplog: pytest.LogCaptureFixture, small: InfLLMv2Config, randn: Callable
 ) -> None:
-    from infllm2.backends import _log_once
+    from infllm2 import backends
 
-    _log_once.cache_clear()
+    backends.choose.cache_clear()
     with caplog.at_level(logging.INFO, logger="infllm2"):
         for _ in range(3):
             infllmv2_attention(*randn(40), small)
-    assert [r.getMessage() for r in caplog.records] == ["backend=auto runs 'torch'"]
+    (message,) = (r.getMessage() for r in caplog.records)
+    assert message.startswith("backend=auto runs '")
 
 
 def test_cache_is_refused(small: InfLLMv2Config, randn: Callable) -> None:

@@ -21,7 +21,8 @@ def run(*arguments: str) -> str:
 
 def test_selfcheck_finds_every_backend_right() -> None:
     output = run("selfcheck")
-    assert output.count(" ok ") == 6 and "WRONG" not in output
+    # Reference and torch with three dtypes, and two more where the CPU kernels are built.
+    assert output.count(" ok ") in (6, 8) and "WRONG" not in output
     assert re.search(r"torch +│ bfloat16 +│ yes +│ yes", output)
 
 
@@ -46,7 +47,7 @@ def test_selfcheck_says_why_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch
         torch_backend.TorchBackend, "is_supported", lambda *_: (False, "no such machine")
     )
     assert "no: no such machine" in run("selfcheck")
-    assert not selfcheck_module.check_backends()[0].ok
+    assert not any(c.ok for c in selfcheck_module.check_backends() if c.backend == "torch")
 
 
 def test_explain_shows_the_bounds_of_the_trained_model() -> None:

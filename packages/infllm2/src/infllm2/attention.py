@@ -9,8 +9,9 @@ from torch import Tensor
 
 from infllm2 import backends
 from infllm2.checks import check_blocks, check_kv, check_qk
+from infllm2.compression import CompressedKeys
 from infllm2.config import InfLLMv2Config
-from infllm2.selection import select_blocks
+from infllm2.selection import compressed
 
 
 def block_sparse_attention(
@@ -36,7 +37,7 @@ def block_sparse_attention(
             from `select_blocks`. Blocks after a query's own are ignored.
         block_size: tokens per block.
         scale: factor on the logits; 1/√D if not given.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", or one of `infllm2.backends.ORDER`.
         return_lse: also return the natural log of the sum of exponentials, `[B, Hq, T]`, float32
             (float64 for float64 inputs), with gradient.
 
@@ -93,18 +94,31 @@ def infllmv2_attention(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, config: InfLLMv2Config, *, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: InfLLMv2Config,
+    *,
+    keys: CompressedKeys | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """As `infllmv2_attention`, with the visited blocks, `None` where attention was dense."""
     check_qk(q, k)
     check_kv(k, v)
-    if k.shape[2] < config.dense_len:
-        return dense_attention(q, k, v), None
-    blocks = select_blocks(q, k, config, backend=backend)
+    scale = q.shape[-1] ** -0.5
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     chosen = backends.choose(backend, backends.Inputs.of(q, k))
-    out, _ = chosen.attend(
-        q, k, v, blocks, block_size=config.block_size, scale=1 / math.sqrt(q.shape[-1])
-    )
+    if k.shape[2] < config.dense_len:
+        if not training and hasattr(chosen, "dense"):
+            return chosen.dense(q, k, v, scale), None
+        return dense_attention(q, k, v), None
+    if keys is None:
+        keys = compressed(k.detach(), config)
+    if not training and hasattr(chosen, "run"):
+        return chosen.run(q, k, v, keys.fine, keys.coarse, config, scale)
+    with torch.no_grad():
+        blocks = chosen.select(q, keys.fine, keys.coarse, keys.length, config)
+    out, _ = chosen.attend(q, k, v, blocks, block_size=config.block_size, scale=scale)
     return out, blocks
 
 

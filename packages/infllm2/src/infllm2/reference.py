@@ -22,16 +22,17 @@ def compress(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
     """Average keys over overlapping kernels (section 3.1): out[j] = mean(k[j·stride : j·stride +
     size]).
 
-    Only complete kernels count. k `[..., S, D]` → `[..., max(0, (S − size) // stride + 1), D]`,
-    float32 (float64 stays float64).
+    Only complete kernels count, and the mean is rounded to k's dtype, as a cache stores it: k
+    `[..., S, D]` → `[..., max(0, (S − size) // stride + 1), D]`.
     """
-    k = k.to(working_dtype(k))
     if k.shape[-2] < kernel_size:
         return k[..., :0, :]
-    return k.unfold(-2, kernel_size, kernel_stride).mean(-1)
+    return k.to(working_dtype(k)).unfold(-2, kernel_size, kernel_stride).mean(-1).to(k.dtype)
 
 
-def kernel_scores(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
+def kernel_scores(
+    q: Tensor, fine: Tensor, coarse: Tensor, S: int, config: InfLLMv2Config
+) -> Tensor:
     """Relevance of each fine kernel to each query, summed over the heads of a group (section 3.2,
     3.3).
 
@@ -40,33 +41,41 @@ def kernel_scores(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
     yet, the approximation has no terms and the exact sum takes its place. Scores that are not
     numbers (keys with NaN or ±inf) count as 0, infinite ones as the largest finite number.
 
+    Args:
+        q: `[B, H, T, D]`, the last T of S positions.
+        fine: C1 = compress(k, l, s), `[B, K, J, D]`.
+        coarse: C2 = compress(k, 4 l, 4 s).
+        S: number of keys.
+        config: sizes.
+
     Returns:
         `[B, K, T, J]`, float32 or float64; 0 where the kernel is not complete at t.
     """
-    fine = _logits(q, k, config.kernel_size, config.kernel_stride)
-    lse = fine.logsumexp(-1, keepdim=True)
+    size, stride = config.kernel_size, config.kernel_stride
+    logits = _logits(q, fine, S, size, stride)
+    lse = logits.logsumexp(-1, keepdim=True)
     if config.lse == "approx":
-        size, stride = COARSE_FACTOR * config.kernel_size, COARSE_FACTOR * config.kernel_stride
-        coarse = _logits(q, k, size, stride).logsumexp(-1, keepdim=True)
-        lse = torch.where(coarse == -math.inf, lse, coarse)
+        approximate = _logits(q, coarse, S, COARSE_FACTOR * size, COARSE_FACTOR * stride)
+        approximate = approximate.logsumexp(-1, keepdim=True)
+        lse = torch.where(approximate == -math.inf, lse, approximate)
     # A query that sees no kernel at all has lse = −inf, and exp(−inf + inf) is not a number: 0, as
     # defined.
-    scores = (fine - lse).exp().sum(2)
+    scores = (logits - lse).exp().sum(2)
     return scores.nan_to_num(nan=0.0, posinf=torch.finfo(scores.dtype).max)
 
 
-def block_scores(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
+def block_scores(q: Tensor, fine: Tensor, coarse: Tensor, S: int, config: InfLLMv2Config) -> Tensor:
     """Score of each block: the largest score of the kernels that touch it (section 3.2).
 
     Block m holds tokens m·B … m·B + B − 1, touched by kernels m·r − (l/s − 1) … m·r + r − 1 with r
-    = B/s.
+    = B/s. Arguments as `kernel_scores`.
 
     Returns:
         `[B, K, T, N]`, N = ⌈S / block_size⌉: +inf for forced blocks (initial, window), −inf for
         blocks after the query's own.
     """
-    scores = kernel_scores(q, k, config)
-    T, S = q.shape[2], k.shape[2]
+    scores = kernel_scores(q, fine, coarse, S, config)
+    T = q.shape[2]
     N = -(-S // config.block_size)
     per_block = config.block_size // config.kernel_stride
     overlap = config.kernel_size // config.kernel_stride - 1
@@ -84,17 +93,17 @@ def block_scores(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
 
 
 @torch.no_grad()
-def select_blocks(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
+def select_blocks(
+    q: Tensor, fine: Tensor, coarse: Tensor, S: int, config: InfLLMv2Config
+) -> Tensor:
     """The blocks each query visits: the `config.budget` best-scored, ties to the lower index.
 
-    Args:
-        q: `[B, H, T, D]`, the last T of S positions.
-        k: `[B, K, S, D]`.
+    Arguments as `kernel_scores`.
 
     Returns:
         int32 `[B, K, T, config.budget]`, ascending, then −1.
     """
-    scores = block_scores(q, k, config)
+    scores = block_scores(q, fine, coarse, S, config)
     best, index = scores.sort(dim=-1, descending=True, stable=True)
     index = index.masked_fill(best == -math.inf, scores.shape[-1])[..., : config.budget]
     index = torch.nn.functional.pad(
@@ -148,11 +157,10 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _logits(q: Tensor, k: Tensor, size: int, stride: int) -> Tensor:
+def _logits(q: Tensor, kernels: Tensor, S: int, size: int, stride: int) -> Tensor:
     """Scaled query·kernel products, −inf for incomplete kernels: [B, K, G, T, J]."""
-    K, T, S = k.shape[1], q.shape[2], k.shape[2]
-    kernels = compress(k, size, stride)
-    groups = q.to(kernels.dtype).unflatten(1, (K, -1))
-    logits = torch.einsum("bkgtd,bkjd->bkgtj", groups, kernels) / math.sqrt(q.shape[-1])
+    dtype = working_dtype(q)
+    groups = q.to(dtype).unflatten(1, (kernels.shape[1], -1))
+    logits = torch.einsum("bkgtd,bkjd->bkgtj", groups, kernels.to(dtype)) / math.sqrt(q.shape[-1])
     last = torch.arange(kernels.shape[-2], device=q.device) * stride + size - 1
-    return logits.masked_fill(last > query_positions(T, S, q.device)[:, None], -math.inf)
+    return logits.masked_fill(last > query_positions(q.shape[2], S, q.device)[:, None], -math.inf)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from infllm2 import backends
 from infllm2.checks import check_qk
+from infllm2.compression import CompressedKeys, compress_keys
 from infllm2.config import InfLLMv2Config
 
 
@@ -24,7 +25,7 @@ def select_blocks(q: Tensor, k: Tensor, config: InfLLMv2Config, *, backend: str 
             float64.
         k: keys `[B, Hkv, S, D]`, rotary embedding applied, same dtype.
         config: sizes and budget; `InfLLMv2Config` states the exact definition of the set.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", or one of `infllm2.backends.ORDER`.
 
     Returns:
         int32 `[B, Hkv, T, config.budget]`: block indices ascending, then −1. Ties go to the lower
@@ -35,4 +36,14 @@ def select_blocks(q: Tensor, k: Tensor, config: InfLLMv2Config, *, backend: str 
         ValueError: shapes, dtypes or devices do not fit together, or the backend cannot run.
     """
     check_qk(q, k)
-    return backends.choose(backend, backends.Inputs.of(q, k)).select(q, k, config)
+    keys = compressed(k, config)
+    chosen = backends.choose(backend, backends.Inputs.of(q, k))
+    return chosen.select(q, keys.fine, keys.coarse, keys.length, config)
+
+
+def compressed(k: Tensor, config: InfLLMv2Config) -> CompressedKeys:
+    """Compressed keys of k, none where no query can have a choice to make."""
+    length = k.shape[2]
+    if length <= config.budget * config.block_size:
+        return CompressedKeys(k[:, :, :0], k[:, :, :0], length)
+    return CompressedKeys(*compress_keys(k, config), length)

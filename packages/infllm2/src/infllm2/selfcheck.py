@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from infllm2 import backends
+from infllm2 import backends, reference
 from infllm2.attention import block_sparse_attention
 from infllm2.config import InfLLMv2Config
-from infllm2.selection import select_blocks
+from infllm2.selection import compressed, select_blocks
 
 # Largest difference allowed from the float64 reference on inputs of order one, by dtype of the
 # inputs: a few rounding steps of that dtype.
@@ -64,7 +64,10 @@ def _check(name: str, dtype: torch.dtype, tolerance: float, seed: int) -> Check:
         kernel_size=16, kernel_stride=8, block_size=32, window_size=128, topk=4, dense_len=-1
     )
     # The sets are compared on equal numbers: the reference sees the same rounded inputs.
-    expected = select_blocks(q.double(), k.double(), config, backend="reference")
+    keys = compressed(k, config)
+    expected = reference.select_blocks(
+        q.double(), keys.fine.double(), keys.coarse.double(), keys.length, config
+    )
     truth = block_sparse_attention(
         q.double(), k.double(), v.double(), expected, block_size=32, backend="reference"
     )

@@ -2,7 +2,10 @@
 
 A backend is a module-like object with `select` and `attend`, and `is_supported(inputs)`, which
 answers with a reason. `backend="auto"` takes the first of `ORDER` that can run and logs its choice
-once; a backend asked for by name runs or raises.
+once; a backend asked for by name runs or raises. It may also have, for calls without gradient:
+
+- `run(q, k, v, fine, coarse, config, scale) -> (out, blocks)`: both steps in one;
+- `dense(q, k, v, scale) -> out`: causal attention of the last T of S positions.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from infllm2.config import InfLLMv2Config
 logger = logging.getLogger("infllm2")
 
 # Fastest first.
-ORDER = ("torch", "reference")
+ORDER = ("cpu", "triton", "torch", "reference")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -49,8 +52,18 @@ class Backend(Protocol):
         """Whether it can run on such inputs, and if not, why ("" otherwise)."""
         ...
 
-    def select(self, q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
-        """Blocks to visit, int32 `[B, K, T, config.budget]`; see `infllm2.select_blocks`."""
+    def select(
+        self, q: Tensor, fine: Tensor, coarse: Tensor, length: int, config: InfLLMv2Config
+    ) -> Tensor:
+        """Blocks to visit, int32 `[B, K, T, config.budget]`; see `infllm2.select_blocks`.
+
+        Args:
+            q: `[B, H, T, D]`, the last T of `length` positions.
+            fine: all complete fine kernels `[B, K, J, D]` in q's dtype, any strides.
+            coarse: all complete coarse ones.
+            length: number of keys.
+            config: sizes and budget.
+        """
         ...
 
     def attend(
@@ -60,6 +73,22 @@ class Backend(Protocol):
         ...
 
 
+class Absent:
+    """Stands for a backend whose module cannot be imported here.
+
+    Args:
+        reason: why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def is_supported(self, inputs: Inputs) -> tuple[bool, str]:
+        """Never, and why."""
+        return False, self.reason
+
+
+@functools.cache
 def get(name: str) -> Backend:
     """The backend of that name.
 
@@ -68,9 +97,13 @@ def get(name: str) -> Backend:
     """
     if name not in ORDER:
         raise ValueError(f"backend must be one of {('auto', *ORDER)}, got {name!r}")
-    return importlib.import_module(f"infllm2.backends.{name}_backend").BACKEND
+    try:
+        return importlib.import_module(f"infllm2.backends.{name}_backend").BACKEND
+    except ImportError as error:
+        return Absent(f"{error}")
 
 
+@functools.lru_cache(256)
 def choose(name: str, inputs: Inputs) -> Backend:
     """The backend to run on such inputs.
 
@@ -88,12 +121,8 @@ def choose(name: str, inputs: Inputs) -> Backend:
         backend = get(candidate)
         supported, reason = backend.is_supported(inputs)
         if supported:
-            _log_once(candidate, "; ".join(reasons))
+            skipped = f" (not {'; '.join(reasons)})" if reasons else ""
+            logger.info("backend=auto runs %r on %s%s", candidate, inputs, skipped)
             return backend
         reasons.append(f"{candidate}: {reason}")
     raise ValueError(f"no backend can run these inputs ({'; '.join(reasons)})")
-
-
-@functools.cache
-def _log_once(name: str, skipped: str) -> None:
-    logger.info("backend=auto runs %r%s", name, f" (not {skipped})" if skipped else "")

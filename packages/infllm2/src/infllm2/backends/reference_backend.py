@@ -18,9 +18,11 @@ class ReferenceBackend:
             return False, f"dtype must be one of {DTYPES}, got {inputs.dtype}"
         return True, ""
 
-    def select(self, q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
+    def select(
+        self, q: Tensor, fine: Tensor, coarse: Tensor, length: int, config: InfLLMv2Config
+    ) -> Tensor:
         """See `infllm2.select_blocks`."""
-        return reference.select_blocks(q, k, config)
+        return reference.select_blocks(q, fine, coarse, length, config)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, block_size: int, scale: float

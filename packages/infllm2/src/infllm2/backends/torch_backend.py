@@ -45,9 +45,11 @@ class TorchBackend:
             return False, f"dtype must be one of {DTYPES}, got {inputs.dtype}"
         return True, ""
 
-    def select(self, q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
+    def select(
+        self, q: Tensor, fine: Tensor, coarse: Tensor, length: int, config: InfLLMv2Config
+    ) -> Tensor:
         """See `infllm2.select_blocks`."""
-        return torch_selection.select(q, k, config)
+        return torch_selection.select(q, fine, coarse, length, config)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, block_size: int, scale: float

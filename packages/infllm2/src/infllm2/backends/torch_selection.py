@@ -2,10 +2,8 @@
 
 A tile lies within one block, so its queries share their own block, their window and their
 candidates, and nothing is masked but the last few kernels. Scores are kept with kernels along rows
-and queries along
-columns: adding heads and taking the maximum over the kernels of a block then run over contiguous
-    memory.
-Kernels inside the window are never scored: their blocks are visited anyway.
+and queries along columns: adding heads and taking the maximum over the kernels of a block then run
+over contiguous memory. Kernels inside the window are never scored: their blocks are visited anyway.
 
 Letters as in `infllm2.reference`; M = B·K, R = queries of a tile.
 """
@@ -26,20 +24,16 @@ TILE_BYTES = 32 << 20
 STRIP_BLOCKS = 16
 
 
-def select(q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
+def select(q: Tensor, fine: Tensor, coarse: Tensor, S: int, config: InfLLMv2Config) -> Tensor:
     """The blocks each query visits, as `infllm2.reference.select_blocks` defines them."""
     B, H, T, D = q.shape
-    K, S = k.shape[1], k.shape[2]
+    K = fine.shape[1]
     dtype = working_dtype(q)
     out = torch.full((B * K, T, config.budget), -1, dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out.view(B, K, T, config.budget)
     q_MGTD = (q.to(dtype) / math.sqrt(D)).reshape(B * K, H // K, T, D)
-    # While every block fits into the budget there is nothing to score, and often no key to
-    # compress.
-    scored_from = max(S - T, config.budget * config.block_size)
-    fine, coarse = _compress(k.reshape(B * K, S, D), dtype, config, needed=scored_from < S)
-
+    fine, coarse = (x.to(dtype).flatten(0, 1) for x in (fine, coarse))
     start = S - T
     while start < S:
         own = start // config.block_size
@@ -60,32 +54,6 @@ def _all_blocks(out_MRn: Tensor, start: int, block_size: int) -> None:
     own = torch.arange(start, start + R, device=out_MRn.device)[:, None] // block_size
     block = torch.arange(n, device=out_MRn.device)
     out_MRn.copy_(torch.where(block <= own, block, -1))
-
-
-def _compress(
-    k_MSD: Tensor, dtype: torch.dtype, config: InfLLMv2Config, *, needed: bool
-) -> tuple[Tensor, Tensor]:
-    """Fine and coarse compressed keys from sums over strides, so that each key is read once."""
-    stride = config.kernel_stride
-    M, S, D = k_MSD.shape
-    steps = S // stride if needed else 0
-    sums = k_MSD[:, : steps * stride].unflatten(1, (steps, stride)).sum(2, dtype=dtype)
-    fine = _windows(sums, config.kernel_size // stride) / config.kernel_size
-    if config.lse == "exact":
-        return fine, fine
-    sums = sums[:, : steps // COARSE_FACTOR * COARSE_FACTOR]
-    sums = sums.view(M, steps // COARSE_FACTOR, COARSE_FACTOR, D).sum(2)
-    coarse = _windows(sums, config.kernel_size // stride) / (COARSE_FACTOR * config.kernel_size)
-    return fine, coarse
-
-
-def _windows(sums_MJD: Tensor, width: int) -> Tensor:
-    """Sums over `width` neighbours; fewer than `width` give none."""
-    count = max(0, sums_MJD.shape[1] - width + 1)
-    total = sums_MJD[:, :count].clone()
-    for offset in range(1, width):
-        total += sums_MJD[:, offset : offset + count]
-    return total
 
 
 def _select_strip(
@@ -145,7 +113,7 @@ def _lse(
     exact = config.lse == "exact"
     if not exact:
         size, stride = COARSE_FACTOR * size, COARSE_FACTOR * stride
-    kernels = coarse[:, : _complete(start + R - 1, size, stride)]
+    kernels = (fine if exact else coarse)[:, : _complete(start + R - 1, size, stride)]
     logits = torch.bmm(kernels, q_MDC)
     _mask_incomplete(logits, start, R, size, stride)
     lse = logits.logsumexp(1, keepdim=True)
