@@ -159,11 +159,6 @@ def test_auto_logs_its_choice_once(
     assert message.startswith("backend=auto runs '")
 
 
-def test_cache_is_refused(small: InfLLMv2Config, randn: Callable) -> None:
-    with pytest.raises(ValueError, match="cache must be None"):
-        infllmv2_attention(*randn(40), small, cache=object())  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [

@@ -58,9 +58,9 @@ def test_unknown_entry_is_an_error() -> None:
         ({"block_size": 24}, "block_size must be a multiple of kernel_stride"),
         ({"window_size": 100}, "window_size must be a multiple of block_size.*use 128"),
         ({"lse": "fast"}, 'lse must be "approx" or "exact"'),
-        ({"compat": "official"}, "not available yet"),
-        ({"compat": "sglang"}, "compat must be None"),
-        ({"use_nope": True}, "use_nope must be False.*not available yet"),
+        ({"compat": "sglang"}, 'compat must be None or "official"'),
+        ({"compat": "official", "topk": 1}, "topk must exceed init_blocks, got topk=1"),
+        ({"use_nope": 1}, "use_nope must be True or False, got 1"),
     ],
 )
 def test_bad_values_name_the_field(change: dict[str, object], message: str) -> None:

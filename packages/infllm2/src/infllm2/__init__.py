@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from infllm2.attention import block_sparse_attention, infllmv2_attention
+    from infllm2.cache import SparseCache
     from infllm2.config import InfLLMv2Config
     from infllm2.hf import register, sparse, traced_dense
+    from infllm2.layer_cache import LayerCache
     from infllm2.selection import select_blocks
 
 __version__ = importlib.metadata.version("minicpm4-infllm2")
 
 _HOME = {
     "InfLLMv2Config": "infllm2.config",
+    "LayerCache": "infllm2.layer_cache",
+    "SparseCache": "infllm2.cache",
     "select_blocks": "infllm2.selection",
     "block_sparse_attention": "infllm2.attention",
     "infllmv2_attention": "infllm2.attention",
@@ -30,6 +34,8 @@ _HOME = {
 
 __all__ = [
     "InfLLMv2Config",
+    "LayerCache",
+    "SparseCache",
     "block_sparse_attention",
     "infllmv2_attention",
     "register",

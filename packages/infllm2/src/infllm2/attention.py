@@ -11,7 +11,8 @@ from infllm2 import backends
 from infllm2.checks import check_blocks, check_kv, check_qk
 from infllm2.compression import CompressedKeys
 from infllm2.config import InfLLMv2Config
-from infllm2.selection import compressed
+from infllm2.layer_cache import LayerCache
+from infllm2.selection import blocks_of, compressed
 
 
 def block_sparse_attention(
@@ -64,7 +65,9 @@ def infllmv2_attention(
     v: Tensor,
     config: InfLLMv2Config,
     *,
-    cache: None = None,
+    cache: LayerCache | None = None,
+    cu_seqlens: Tensor | None = None,
+    unrotated: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """InfLLM v2 in one call: dense below `config.dense_len` keys, else selection and sparse
@@ -72,25 +75,41 @@ def infllmv2_attention(
 
     Args:
         q: queries `[B, Hq, T, D]`, the last T of S positions.
-        k: keys `[B, Hkv, S, D]`.
-        v: values `[B, Hkv, S, D]`.
-        config: sizes and budget. The switch looks at S of this call, as MiniCPM4's does: early
-            chunks of a long prompt may be dense where the whole prompt at once is sparse.
+        k: keys `[B, Hkv, S, D]`; with `cache` or `cu_seqlens`, see there.
+        v: values, of k's shape.
+        config: sizes and budget. The switch looks at the keys of this call, as MiniCPM4's does:
+            early chunks of a long prompt may be dense where the whole prompt at once is sparse.
             `dense_len=-1` avoids it.
-        cache: compressed keys kept between calls; not available yet, they are recomputed (O(S·D)).
-        backend: "auto", "torch" or "reference"; has no say in dense attention.
+        cache: keys, values and compressed keys of the tokens before. q, k and v are then of the new
+            tokens alone, `[B, ·, T, D]`; they are appended. No gradient flows through a cache.
+        cu_seqlens: int32 or int64 `[n + 1]`, ascending from 0: packed sequences. Batch is 1;
+            sequence i is positions cu_seqlens[i] … cu_seqlens[i + 1] − 1 and attends to no other.
+        unrotated: (q, k) before rotary embedding, which selection scores with if
+            `config.use_nope`; shapes as q and k.
+        backend: "auto", or one of `infllm2.backends.ORDER`.
 
     Returns:
         `[B, Hq, T, D]` in q's dtype.
 
     Raises:
-        ValueError: as `select_blocks` and `block_sparse_attention`, or `cache` is given.
+        ValueError: as `select_blocks` and `block_sparse_attention`; `cu_seqlens` that do not fit
+            or come with a cache; `use_nope` without `unrotated`, or with a cache.
     """
+    if cu_seqlens is not None:
+        if cache is not None:
+            raise ValueError("cu_seqlens and cache exclude each other: give a cache per sequence")
+        return _packed(q, k, v, config, cu_seqlens, unrotated, backend)
+    keys = None
     if cache is not None:
-        raise ValueError(
-            "cache must be None: keeping compressed keys between calls is not available yet"
-        )
-    return attend(q, k, v, config, backend=backend)[0]
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(
+                f"with a cache, q, k and v are of the new tokens alone, got {q.shape[2]} queries "
+                f"and {k.shape[2]} keys"
+            )
+        k, v = cache.update(k, v)
+        if k.shape[2] >= config.dense_len:
+            keys = cache.compressed()
+    return attend(q, k, v, config, keys=keys, unrotated=unrotated, backend=backend)[0]
 
 
 def attend(
@@ -100,9 +119,13 @@ def attend(
     config: InfLLMv2Config,
     *,
     keys: CompressedKeys | None = None,
+    unrotated: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """As `infllmv2_attention`, with the visited blocks, `None` where attention was dense."""
+    """As `infllmv2_attention`, with the visited blocks, `None` where attention was dense.
+
+    `keys`: compressed keys of k, where they are known already.
+    """
     check_qk(q, k)
     check_kv(k, v)
     scale = q.shape[-1] ** -0.5
@@ -112,14 +135,52 @@ def attend(
         if not training and hasattr(chosen, "dense"):
             return chosen.dense(q, k, v, scale), None
         return dense_attention(q, k, v), None
-    if keys is None:
-        keys = compressed(k.detach(), config)
-    if not training and hasattr(chosen, "run"):
+    plain = not config.use_nope and config.compat is None
+    if plain and not training and hasattr(chosen, "run"):
+        keys = compressed(k, config) if keys is None else keys
         return chosen.run(q, k, v, keys.fine, keys.coarse, config, scale)
-    with torch.no_grad():
-        blocks = chosen.select(q, keys.fine, keys.coarse, keys.length, config)
+    scored_q, scored_k = q, k
+    if config.use_nope:
+        if unrotated is None or keys is not None:
+            raise ValueError(
+                "use_nope=True scores with queries and keys before rotary embedding: pass them as "
+                "unrotated=(q, k), without a cache"
+            )
+        scored_q, scored_k = unrotated
+    blocks = blocks_of(scored_q, scored_k, config, keys=keys, backend=backend)
     out, _ = chosen.attend(q, k, v, blocks, block_size=config.block_size, scale=scale)
     return out, blocks
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: InfLLMv2Config,
+    cu_seqlens: Tensor,
+    unrotated: tuple[Tensor, Tensor] | None,
+    backend: str,
+) -> Tensor:
+    """One sequence after the other."""
+    ends = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
+    if not ends or ends[0] != 0 or ends[-1] != q.shape[2] or sorted(ends) != ends:
+        raise ValueError(
+            f"cu_seqlens must ascend from 0 to the {q.shape[2]} packed positions, got {ends}"
+        )
+    if q.shape[0] != 1 or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            "packed q and k must have batch 1 and one length, got "
+            f"{tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    parts = []
+    for start, end in zip(ends, ends[1:], strict=False):
+        one = slice(start, end)
+        alone = None if unrotated is None else tuple(x[:, :, one] for x in unrotated)
+        parts.append(
+            attend(q[:, :, one], k[:, :, one], v[:, :, one], config, unrotated=alone,
+                   backend=backend)[0]
+        )  # fmt: skip
+    return torch.cat(parts, 2) if parts else torch.zeros_like(q)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

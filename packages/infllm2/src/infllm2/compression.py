@@ -49,14 +49,9 @@ def compress(k: Tensor, size: int, stride: int) -> Tensor:
     return _windows(_steps(k, stride), size // stride, size, k)
 
 
-def compress_keys(k: Tensor, config: InfLLMv2Config, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Fine and coarse kernels of k `[B, Hkv, S, D]`, from coarse kernel `first` on.
-
-    The fine kernels returned begin with number `COARSE_FACTOR · first`: whoever extends a cache
-    starts where a coarse kernel does.
-    """
+def compress_keys(k: Tensor, config: InfLLMv2Config) -> tuple[Tensor, Tensor]:
+    """Fine and coarse kernels of k `[B, Hkv, S, D]`: `compress` twice, reading the keys once."""
     size, stride = config.kernel_size, config.kernel_stride
-    k = k[..., first * COARSE_FACTOR * stride :, :]
     sums = _steps(k, stride)
     width = size // stride
     fine = _windows(sums, width, size, k)
@@ -73,8 +68,7 @@ def _steps(k: Tensor, stride: int) -> Tensor:
 
 def _in_order(x: Tensor) -> Tensor:
     """Sum over the last axis but one, first to last: unlike `sum`, whatever the tensor's shape."""
-    total = x[..., 0, :].to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    total = total.clone() if total.data_ptr() == x.data_ptr() else total
+    total = x[..., 0, :].to(torch.float64 if x.dtype == torch.float64 else torch.float32, copy=True)
     for i in range(1, x.shape[-2]):
         total += x[..., i, :]
     return total

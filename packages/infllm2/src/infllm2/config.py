@@ -37,15 +37,15 @@ class InfLLMv2Config:
         window_size: length of the local window in tokens; a positive multiple of `block_size`.
         topk: blocks visited besides the window, initial blocks included; at least 1.
         dense_len: sequences shorter than this many keys use dense attention; −1: never.
-        use_nope: score with keys and queries before rotary embedding. Not available yet.
+        use_nope: score with keys and queries before rotary embedding, which the caller passes.
         lse: normalise scores by the log-sum-exp over the coarse kernels ("approx", a quarter of the
             work, section 3.3) or over the fine ones ("exact").
         compat: `None` counts positions absolutely, so the blocks of a token do not depend on how
-            its prompt was chunked. "official", the released kernels' frontier, is not available
-            yet.
+            its prompt was chunked. "official" chooses as the released kernels do, whose frontier
+            depends on the chunk and whose window is one block longer (`infllm2.official`).
 
     Raises:
-        ValueError: a value is out of range, or asks for what is not available yet.
+        ValueError: a value is out of range.
     """
 
     kernel_size: int = 32
@@ -82,15 +82,15 @@ class InfLLMv2Config:
             )
         if self.lse not in ("approx", "exact"):
             raise ValueError(f'lse must be "approx" or "exact", got {self.lse!r}')
-        if self.compat == "official":
-            raise ValueError('compat="official" is not available yet: use compat=None')
-        if self.compat is not None:
-            raise ValueError(f"compat must be None, got {self.compat!r}")
-        if self.use_nope is not False:
+        if self.compat not in (None, "official"):
+            raise ValueError(f'compat must be None or "official", got {self.compat!r}')
+        if self.compat == "official" and self.init_blocks >= self.topk:
             raise ValueError(
-                f"use_nope must be False, got {self.use_nope!r}: scoring before rotary embedding "
-                "is not available yet"
+                'compat="official" forces one window block more, so topk must exceed init_blocks, '
+                f"got topk={self.topk} with init_blocks={self.init_blocks}"
             )
+        if not isinstance(self.use_nope, bool):
+            raise ValueError(f"use_nope must be True or False, got {self.use_nope!r}")
 
     @property
     def window_blocks(self) -> int:

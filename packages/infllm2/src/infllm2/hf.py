@@ -58,8 +58,8 @@ def sparse(
 
     Works in plain forward passes, `generate`, prefill in chunks (over `past_key_values`) and padded
     batches: each row is attended to without its padding, so it gives what it would give alone.
-        Outputs
-    at padding positions are 0.
+    Outputs at padding positions are 0. With `past_key_values=SparseCache(config)` a decoding step
+    compresses only what is new; with any other cache all keys are compressed again.
 
     Args:
         model: any decoder that uses transformers' attention interface (Llama, Qwen2, Qwen3,
@@ -80,6 +80,11 @@ def sparse(
         raise ValueError(f"config must be an InfLLMv2Config, got {type(config).__name__}")
     if backend != "auto":
         backends.get(backend)
+    if config.use_nope:
+        raise ValueError(
+            "use_nope=True needs queries and keys before rotary embedding, which transformers does "
+            "not hand to attention: call infllmv2_attention(..., unrotated=(q, k))"
+        )
     trace = Trace(config.block_size, keep_blocks)
     with _switched(model, IMPLEMENTATION, trace, config, backend):
         yield trace

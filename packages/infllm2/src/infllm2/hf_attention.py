@@ -11,6 +11,7 @@ from torch import Tensor
 
 from infllm2.attention import attend
 from infllm2.config import InfLLMv2Config
+from infllm2.layer_cache import LayerCache
 from infllm2.trace import Call, Trace, causal_blocks, timed
 
 # Keyword arguments of other attention functions that would change the result; none may be set.
@@ -85,7 +86,9 @@ def sparse_forward(
 
     def run() -> tuple[Tensor, list[tuple[int, int, int, Tensor | None]]]:
         if attention_mask is None:
-            out, blocks = attend(query, key, value, config, backend=session.backend)
+            keys = _cached(key, config)
+            known = keys.compressed() if keys is not None else None
+            out, blocks = attend(query, key, value, config, keys=known, backend=session.backend)
             parts = [(query.shape[0], key.shape[2] - T, key.shape[2], blocks)]
         else:
             out, parts = _ragged(query, key, value, attention_mask, config, session.backend)
@@ -114,6 +117,7 @@ def _ragged(
         rows.setdefault((start, start + length), []).append(row)
     out = torch.zeros_like(q)
     parts = []
+    cache = _cached(k, config)
     for (start, end), members in rows.items():
         first = max(start, S - T)
         if first >= end:
@@ -123,12 +127,31 @@ def _ragged(
         together = members[-1] - members[0] == len(members) - 1
         pick = slice(members[0], members[-1] + 1) if together else members
         keys = slice(start, end)
+        known = None
+        if cache is not None:
+            whole = len(members) == k.shape[0]
+            known = cache.compressed(start, end, None if whole else tuple(members))
         part, blocks = attend(
-            q[pick, :, at], k[pick, :, keys], v[pick, :, keys], config, backend=backend
+            q[pick, :, at], k[pick, :, keys], v[pick, :, keys], config, keys=known, backend=backend
         )
         out[pick, :, at] = part
         parts.append((len(members), first - start, end - start, blocks))
     return out, parts
+
+
+def _cached(key: Tensor, config: InfLLMv2Config) -> LayerCache | None:
+    """The layer's `SparseCache`, found by the tensor it returned; None if the cache is another."""
+    cache: LayerCache | None = getattr(key, "infllm2_cache", None)
+    if cache is None or key.shape[2] < config.dense_len:
+        return None
+    sizes = ("kernel_size", "kernel_stride", "block_size", "budget")
+    theirs, ours = ([getattr(c, name) for name in sizes] for c in (cache.config, config))
+    if theirs != ours:
+        raise ValueError(
+            f"the SparseCache was made for ({', '.join(sizes)}) = {theirs}, the model runs with "
+            f"{ours}: make it from the same InfLLMv2Config"
+        )
+    return cache
 
 
 def _record(

@@ -9,6 +9,7 @@ from infllm2 import backends
 from infllm2.checks import check_qk
 from infllm2.compression import CompressedKeys, compress_keys
 from infllm2.config import InfLLMv2Config
+from infllm2.official import official_blocks
 
 
 @torch.no_grad()
@@ -35,8 +36,28 @@ def select_blocks(q: Tensor, k: Tensor, config: InfLLMv2Config, *, backend: str 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or the backend cannot run.
     """
+    return blocks_of(q, k, config, backend=backend)
+
+
+@torch.no_grad()
+def blocks_of(
+    q: Tensor,
+    k: Tensor,
+    config: InfLLMv2Config,
+    *,
+    keys: CompressedKeys | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """As `select_blocks`, with the compressed keys where they are known already."""
     check_qk(q, k)
-    keys = compressed(k, config)
+    keys = compressed(k, config) if keys is None else keys
+    if config.compat == "official":
+        if backend not in ("auto", "reference"):
+            raise ValueError(
+                'compat="official" is for comparison and runs in plain PyTorch, not on '
+                f'{backend!r}: use backend="auto"'
+            )
+        return official_blocks(q, keys.fine, keys.coarse, keys.length, config)
     chosen = backends.choose(backend, backends.Inputs.of(q, k))
     return chosen.select(q, keys.fine, keys.coarse, keys.length, config)
 

@@ -1,0 +1,194 @@
+"""Keys and values of one layer, and their compressed keys, kept between calls.
+
+Appending a token costs what the token costs: buffers grow geometrically, and a compressed key is
+made once, when its last token arrives. Taking tokens back (rejected speculation) only moves the
+end, for a kernel depends on nothing after it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from infllm2.compression import CompressedKeys, compress_keys, kernel_count
+from infllm2.config import COARSE_FACTOR, InfLLMv2Config
+
+# A buffer that is full grows to this many times what it must hold.
+GROWTH = 1.5
+
+
+class LayerCache:
+    """Cache of one attention layer; all rows have one length.
+
+    Args:
+        config: sizes of the kernels.
+
+    Attributes:
+        keys, values: `[B, Hkv, length, D]`, views of the buffers; None before the first update.
+        length: tokens held.
+    """
+
+    def __init__(self, config: InfLLMv2Config) -> None:
+        self.config = config
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        # By (rows, first token): kernels of left-padded rows are counted from their own start.
+        self._kernels: dict[tuple[tuple[int, ...] | None, int], _Kernels] = {}
+
+    @property
+    def keys(self) -> Tensor | None:
+        """`[B, Hkv, length, D]`."""
+        return None if self._keys is None else self._keys[:, :, : self.length]
+
+    @property
+    def values(self) -> Tensor | None:
+        """`[B, Hkv, length, D]`."""
+        return None if self._values is None else self._values[:, :, : self.length]
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append tokens, and return everything.
+
+        Args:
+            k: keys of the new tokens, `[B, Hkv, T, D]`, of the batch, heads and dtype so far.
+            v: their values.
+
+        Raises:
+            ValueError: they do not fit what is held.
+        """
+        if self._keys is not None:
+            held = self._keys
+            if (
+                k.shape[:2] != held.shape[:2]
+                or k.shape[3] != held.shape[3]
+                or k.dtype != held.dtype
+            ):
+                raise ValueError(
+                    f"new keys {tuple(k.shape)} of {k.dtype} do not fit the cache of "
+                    f"{tuple(self.keys.shape)} of {held.dtype}: one cache serves one batch, "
+                    "reset() it for another"
+                )
+        end = self.length + k.shape[2]
+        self._keys, self._values = (
+            self._grown(self._keys, k, end),
+            self._grown(self._values, v, end),
+        )
+        self._keys[:, :, self.length : end] = k.detach()
+        self._values[:, :, self.length : end] = v.detach()
+        self.length = end
+        return self.keys, self.values
+
+    def _grown(self, buffer: Tensor | None, like: Tensor, needed: int) -> Tensor:
+        if buffer is not None and buffer.shape[2] >= needed:
+            return buffer
+        B, K, _, D = like.shape
+        block = self.config.block_size
+        # The first call is a prompt, most often: room for an answer, not half as much again.
+        size = needed + 4 * block if buffer is None else int(GROWTH * needed) + block
+        wider = like.new_empty(B, K, -(-size // block) * block, D)
+        if buffer is not None:
+            wider[:, :, : self.length] = buffer[:, :, : self.length]
+        return wider
+
+    def compressed(
+        self, start: int = 0, end: int | None = None, rows: tuple[int, ...] | None = None
+    ) -> CompressedKeys:
+        """Compressed keys of tokens start … end − 1, kernels counted from `start`.
+
+        Args:
+            start: first token (after left padding).
+            end: the token after the last; all by default.
+            rows: rows of the batch; all by default.
+        """
+        assert self._keys is not None
+        end = self.length if end is None else end
+        if end - start <= self.config.budget * self.config.block_size:  # nothing to choose
+            none = self._keys[:, :, :0] if rows is None else self._keys[list(rows), :, :0]
+            return CompressedKeys(none, none, end - start)
+        kernels = self._kernels.setdefault((rows, start), _Kernels(self.config))
+        return kernels.up_to(self._keys, rows, start, end)
+
+    def crop(self, length: int) -> None:
+        """Forget tokens from `length` on; nothing happens if there are none."""
+        if not 0 <= length:
+            raise ValueError(f"length must be at least 0, got {length}")
+        self.length = min(self.length, length)
+        for (_, start), kernels in self._kernels.items():
+            kernels.crop(max(0, self.length - start))
+
+    def reorder(self, rows: Tensor) -> None:
+        """Make row i what row rows[i] was: beam search, batch selection, repetition.
+
+        Args:
+            rows: int64 `[new batch]`.
+        """
+        if self._keys is None:
+            return
+        rows = rows.to(self._keys.device)
+        self._keys, self._values = self._keys[rows], self._values[rows]
+        whole = {key: kernels for key, kernels in self._kernels.items() if key[0] is None}
+        for kernels in whole.values():
+            kernels.reorder(rows)
+        self._kernels = whole  # those of single rows are made anew where they are needed
+
+    def reset(self) -> None:
+        """Forget everything, buffers too."""
+        self.length, self._keys, self._values = 0, None, None
+        self._kernels = {}
+
+
+class _Kernels:
+    """Growing buffers of fine and coarse kernels of some rows from some token on."""
+
+    def __init__(self, config: InfLLMv2Config) -> None:
+        self.config = config
+        self.length = 0
+        self.fine: Tensor | None = None
+        self.coarse: Tensor | None = None
+
+    def _counts(self, length: int) -> tuple[int, int]:
+        size, stride = self.config.kernel_size, self.config.kernel_stride
+        return (
+            kernel_count(length, size, stride),
+            kernel_count(length, COARSE_FACTOR * size, COARSE_FACTOR * stride),
+        )
+
+    def up_to(
+        self, keys: Tensor, rows: tuple[int, ...] | None, start: int, end: int
+    ) -> CompressedKeys:
+        """Kernels of tokens start … end − 1 of the buffer `keys`."""
+        length = end - start
+        fine, coarse = self._counts(length)
+        if length > self.length:
+            had_fine, had_coarse = self._counts(self.length)
+            if fine > had_fine or coarse > had_coarse or self.fine is None:
+                # From where the first new coarse kernel starts; a few fine ones are made again.
+                begin = COARSE_FACTOR * had_coarse
+                tail = slice(start + begin * self.config.kernel_stride, end)
+                part = keys[:, :, tail] if rows is None else keys[list(rows), :, tail]
+                new_fine, new_coarse = compress_keys(part, self.config)
+                self.fine = _written(self.fine, new_fine, begin, had_fine)
+                self.coarse = _written(self.coarse, new_coarse, had_coarse, had_coarse)
+            self.length = length
+        assert self.fine is not None and self.coarse is not None
+        return CompressedKeys(self.fine[:, :, :fine], self.coarse[:, :, :coarse], length)
+
+    def crop(self, length: int) -> None:
+        """Tokens from `length` on will come again, and be others."""
+        self.length = min(self.length, length)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Rows of the batch in another order."""
+        if self.fine is not None:
+            self.fine, self.coarse = self.fine[rows], self.coarse[rows]
+
+
+def _written(buffer: Tensor | None, new: Tensor, begin: int, had: int) -> Tensor:
+    """The buffer with `new` at `begin`, grown if need be; its first `had` entries are kept."""
+    end = begin + new.shape[2]
+    if buffer is None or buffer.shape[2] < end:
+        wider = new.new_empty(*new.shape[:2], int(GROWTH * end) + 16, new.shape[3])
+        if buffer is not None:
+            wider[:, :, :had] = buffer[:, :, :had]
+        buffer = wider
+    buffer[:, :, begin:end] = new
+    return buffer
