@@ -67,6 +67,23 @@ typedef struct {
 } infllm2_run_args;
 int32_t infllm2_run(const infllm2_run_args *, int32_t ith, int32_t nth);
 
+// Gradients of infllm2_attend over its blocks (null: all keys). attend: shape, q, k, v, blocks, width, work, tile,
+// block_size, scale; the rest is not read; tile is at most 128, tile * G at most 512 unless tile is 1. grad: dO. lse as attend gave it; delta = rowsum(dO * O) - dlse, float32
+// [B, H, T]. grad_q [B, H, T, D] is written here, grad_k and grad_v [B, K, S, D] by infllm2_gather from `gradients`:
+// infllm2_gradient_floats for each batch row, key-value head and slot. slots: 1, or the number of threads.
+typedef struct {
+    infllm2_attend_args attend;
+    infllm2_tensor grad;
+    const float *lse, *delta;
+    void *grad_q, *grad_k, *grad_v;
+    float *gradients;
+    int64_t slots;
+} infllm2_backward_args;
+int32_t infllm2_backward(const infllm2_backward_args *, int32_t ith, int32_t nth);
+int32_t infllm2_gather(const infllm2_backward_args *, int32_t ith, int32_t nth);
+
+int64_t infllm2_backward_work(const infllm2_shape *, int64_t block_size);       // bytes a thread
+int64_t infllm2_gradient_floats(const infllm2_shape *);
 int64_t infllm2_select_work(const infllm2_shape *, const infllm2_selection *);  // bytes a thread
 int64_t infllm2_attend_work(const infllm2_shape *, int64_t block_size);         // bytes a thread
 int64_t infllm2_partial_floats(const infllm2_shape *);                           // for each query head group and split

@@ -10,55 +10,59 @@ namespace native {
 inline namespace NATIVE_LEVEL {
 
 // Time of one block for one wide vector of rows alone; in a tile, neighbours share broadcasts and paired values.
-constexpr float ALONE = 1.f, TOGETHER = 0.82f;
+constexpr float TOGETHER = 0.82f;
 
-template <class Unit> inline void visit_own(Unit &&unit, const int32_t *blocks, int64_t width) {
-    unit.visit_all(blocks, width, 0, 1);
-    unit.finish();
+// Which of `count` tokens from `first` on visit each of the blocks that one of them can see: returns the number of
+// visits; `visitors` gets a bit for each token.
+inline int64_t find_visitors(const infllm2_shape &s, int64_t block_size, const int32_t *lists, int64_t width, int64_t first, int64_t count, uint64_t (*visitors)[2]) {
+    const int64_t end = s.keys - s.queries + first + count, blocks = (end + block_size - 1) / block_size;
+    std::memset(visitors, 0, sizeof(*visitors) * blocks);
+    int64_t visits = 0;
+    for (int64_t t = 0; t < count; ++t)
+        for (int64_t i = 0; i < width && lists[t * width + i] >= 0; ++i) {
+            const int64_t m = lists[t * width + i];
+            if (m >= blocks) break;  // beyond every token of the tile
+            visitors[m][t >> 6] |= uint64_t(1) << (t & 63);
+            ++visits;
+        }
+    return visits;
+}
+
+// How many tokens of a tile to do together, whichever is least work: 1, a vector's worth, or all.
+template <class Narrow, class Wide>
+int64_t plan_tile(const infllm2_shape &s, int64_t block_size, const int32_t *lists, int64_t width, int64_t first, int64_t count, uint64_t (*visitors)[2]) {
+    constexpr int L = Wide::Lanes::L;
+    const int group = int(s.group), vector = L / group < 1 ? 1 : L / group;
+    if (count == 1 || count * group > MOST_ROWS) return 1;
+    const int64_t own = find_visitors(s, block_size, lists, width, first, count, visitors);
+    const int64_t end = s.keys - s.queries + first + count, blocks = (end + block_size - 1) / block_size;
+    int64_t shared = 0, all = 0;
+    for (int64_t m = 0; m < blocks; ++m) {
+        if (!(visitors[m][0] | visitors[m][1])) continue;
+        ++all;
+        for (int64_t t = 0; t < count; t += vector) shared += any_of(visitors[m], int(t), int(count - t < vector ? count - t : vector));
+    }
+    const bool narrow = group <= Narrow::Lanes::L && Narrow::Lanes::L < L;
+    const float vectors = float((count * group + L - 1) / L), one = narrow ? 0.5f : float((group + L - 1) / L);
+    const float alone = float(own) * one, by_vector = vector > 1 ? float(shared) : INFINITY;
+    const float by_tile = float(all) * vectors * TOGETHER;
+    return alone <= by_vector && alone <= by_tile ? 1 : by_vector < by_tile ? vector : count;
 }
 
 template <class Narrow, class Wide>
 void attend_tile(const infllm2_attend_args *a, char *work, int64_t b, int64_t h, int64_t first, int64_t count, const int32_t *lists) {
-    constexpr int L = Wide::Lanes::L;
-    const int group = int(a->shape.group);
-    const bool narrow = group <= Narrow::Lanes::L;
-    const auto each = [&] {
-        for (int64_t t = 0; t < count; ++t) {
-            if (narrow)
-                visit_own(Unit<Narrow>(a, work, b, h, first + t, 1), lists + t * a->width, a->width);
-            else
-                visit_own(Unit<Wide>(a, work, b, h, first + t, 1), lists + t * a->width, a->width);
-        }
-    };
-    if (count == 1 || count * group > MOST_ROWS) return each();
-
     uint64_t(*visitors)[2] = rows_in(work, &a->shape).visitors;
-    const int64_t end = a->shape.keys - a->shape.queries + first + count, blocks = (end + a->block_size - 1) / a->block_size;
-    std::memset(visitors, 0, sizeof(*visitors) * blocks);
-    int64_t own = 0, shared = 0, all = 0;
-    const int vector = L / group < 1 ? 1 : L / group;  // tokens to a vector
-    for (int64_t t = 0; t < count; ++t)
-        for (int64_t i = 0; i < a->width && lists[t * a->width + i] >= 0; ++i) {
-            const int64_t m = lists[t * a->width + i];
-            if (m >= blocks) break;  // beyond every token of the tile
-            visitors[m][t >> 6] |= uint64_t(1) << (t & 63);
-            ++own;
-        }
-    for (int64_t m = 0; m < blocks; ++m) {
-        if (!(visitors[m][0] | visitors[m][1])) continue;
-        ++all;
-        for (int64_t t = 0; t < count; t += vector)
-            shared += Unit<Wide>::any_of(visitors[m], int(t), int(count - t < vector ? count - t : vector));
-    }
-    const float vectors = float((count * group + L - 1) / L), one = float((group + L - 1) / L);
-    const float alone = float(own) * ALONE * (narrow && Narrow::Lanes::L < L ? 0.5f : one);
-    const float by_vector = vector > 1 ? float(shared) * ALONE : INFINITY, by_tile = float(all) * vectors * TOGETHER;
-    if (alone <= by_vector && alone <= by_tile) return each();
-    const int64_t step = by_vector < by_tile ? vector : count;
+    const int64_t step = plan_tile<Narrow, Wide>(a->shape, a->block_size, lists, a->width, first, count, visitors);
+    const auto done = [](auto &&unit, auto visit) { visit(unit), unit.finish(); };
     for (int64_t t = 0; t < count; t += step) {
-        Unit<Wide> unit(a, work, b, h, first + t, count - t < step ? count - t : step);
-        unit.visit_union(visitors, int(t));
-        unit.finish();
+        const int64_t some = count - t < step ? count - t : step;
+        const auto own = [&](auto &unit) { unit.visit_all(lists + t * a->width, a->width, 0, 1); };
+        if (step > 1)
+            done(Unit<Wide>(a, work, b, h, first + t, some), [&](auto &unit) { unit.visit_union(visitors, int(t)); });
+        else if (a->shape.group <= Narrow::Lanes::L)
+            done(Unit<Narrow>(a, work, b, h, first + t, 1), own);
+        else
+            done(Unit<Wide>(a, work, b, h, first + t, 1), own);
     }
 }
 

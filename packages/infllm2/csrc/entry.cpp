@@ -1,4 +1,5 @@
 // The C interface: picks the level once and hands on. The only file compiled for any processor.
+#include "backward.hpp"
 #include "cpu_level.hpp"
 #include "parallel.hpp"
 #include "select.hpp"
@@ -9,7 +10,9 @@ using namespace native;
     int32_t infllm2_select_##level(const infllm2_select_args *, int32_t, int32_t);        \
     int32_t infllm2_attend_##level(const infllm2_attend_args *, int32_t, int32_t);        \
     int32_t infllm2_merge_##level(const infllm2_attend_args *, int32_t, int32_t);         \
-    int32_t infllm2_run_##level(const infllm2_run_args *, int32_t, int32_t);
+    int32_t infllm2_run_##level(const infllm2_run_args *, int32_t, int32_t);              \
+    int32_t infllm2_backward_##level(const infllm2_backward_args *, int32_t, int32_t);    \
+    int32_t infllm2_gather_##level(const infllm2_backward_args *, int32_t, int32_t);
 
 #if defined(__x86_64__)
 #define PICK(name) {infllm2_##name##_scalar, infllm2_##name##_avx2, infllm2_##name##_avx512, infllm2_##name##_avx512_bf16}
@@ -29,19 +32,17 @@ int32_t infllm2_level(void) {
 }
 const char *infllm2_level_name(int32_t level) { return level_name(level); }
 
-#define ENTRY(name)                                                                                \
-    int32_t infllm2_##name(const infllm2_##name##_args *a, int32_t ith, int32_t nth) {             \
-        static int32_t (*const levels[])(const infllm2_##name##_args *, int32_t, int32_t) = PICK(name); \
-        return levels[infllm2_level()](a, ith, nth);                                               \
+#define ENTRY(name, args)                                                             \
+    int32_t infllm2_##name(const args *a, int32_t ith, int32_t nth) {                 \
+        static int32_t (*const levels[])(const args *, int32_t, int32_t) = PICK(name); \
+        return levels[infllm2_level()](a, ith, nth);                                  \
     }
-ENTRY(select)
-ENTRY(attend)
-ENTRY(run)
-
-int32_t infllm2_merge(const infllm2_attend_args *a, int32_t ith, int32_t nth) {
-    static int32_t (*const levels[])(const infllm2_attend_args *, int32_t, int32_t) = PICK(merge);
-    return levels[infllm2_level()](a, ith, nth);
-}
+ENTRY(select, infllm2_select_args)
+ENTRY(attend, infllm2_attend_args)
+ENTRY(merge, infllm2_attend_args)
+ENTRY(run, infllm2_run_args)
+ENTRY(backward, infllm2_backward_args)
+ENTRY(gather, infllm2_backward_args)
 
 int32_t infllm2_parallel(ParallelFor pool, Operation operation, const void *args, int32_t nth) {
     return run_on(pool, operation, args, nth);
@@ -52,5 +53,7 @@ int64_t infllm2_select_work(const infllm2_shape *s, const infllm2_selection *c) 
     return round_up(select_work(s, c) + lists_work(s, c) + 128, 64);
 }
 int64_t infllm2_attend_work(const infllm2_shape *s, int64_t block_size) { return round_up(attend_work(s, block_size), 64); }
+int64_t infllm2_backward_work(const infllm2_shape *s, int64_t block_size) { return round_up(backward_work(s, block_size), 64); }
+int64_t infllm2_gradient_floats(const infllm2_shape *s) { return gradient_floats(s); }
 int64_t infllm2_partial_floats(const infllm2_shape *s) { return most_lanes(s) * (s->dim + 2); }
 }

@@ -1,4 +1,5 @@
-// How keys and values of each dtype become the broadcast operand of a product, 64 of them at a time.
+// How keys and values of each dtype become the broadcast operand of a product, 64 of them at a time; and, for the
+// backward pass, how rows become the other operand.
 #pragma once
 #include "broadcast_gemm.hpp"
 
@@ -13,28 +14,36 @@ template <class Unit> struct Tile {
     ptrdiff_t column, step;
 };
 
-// float32: read where it lies.
-template <class V> struct Float32 {
+// What both formats that multiply floats share.
+template <class V, class S> struct FloatProducts {
     using Lanes = V;
-    using Source = float;
+    using Source = S;
     using Dot = FloatDot<V>;
     static constexpr int EXP_DEGREE = 6;  // of the weights' exponential
     static int units(int n) { return n; }
-    static Tile<float> keys(const float *k, ptrdiff_t row, int, int, float *) { return {k, row, 1}; }
-    static Tile<float> values(const float *v, ptrdiff_t row, int, int, float *) { return {v, 1, row}; }
-    static void pack_query(const float *q, int dim, float *out, int stride) {
-        for (int d = 0; d < dim; ++d) out[d * stride] = q[d];
+    static void pack_query(const Source *q, int dim, float *out, int stride) {
+        for (int d = 0; d < dim; ++d) out[d * stride] = to_float(q[d]);
     }
     static void pack_weights(float *, int) {}
+    // A lane group's weights [n][L] as the broadcast operand: `ROWS` units a key, keys `stride` apart.
+    static constexpr int ROWS = V::L;
+    static void pack_rows(const float *s, int n, typename Dot::Unit *out, int stride) {
+        for (int i = 0; i < n; ++i) std::memcpy(out + i * stride, s + i * V::L, sizeof(float) * V::L);
+    }
+    // Row `i` with lanes along the head size: [dim / L][units][L].
+    static void place_row(const Source *x, int dim, int i, int units, float *out) {
+        for (int d = 0; d < dim; ++d) out[(ptrdiff_t(d / V::L) * units + i) * V::L + d % V::L] = to_float(x[d]);
+    }
+};
+
+// float32: read where it lies.
+template <class V> struct Float32 : FloatProducts<V, float> {
+    static Tile<float> keys(const float *k, ptrdiff_t row, int, int, float *) { return {k, row, 1}; }
+    static Tile<float> values(const float *v, ptrdiff_t row, int, int, float *) { return {v, 1, row}; }
 };
 
 // bfloat16 without a bf16 dot product: widened tile by tile.
-template <class V> struct Bf16Widened {
-    using Lanes = V;
-    using Source = bf16;
-    using Dot = FloatDot<V>;
-    static constexpr int EXP_DEGREE = 6;  // of the weights' exponential
-    static int units(int n) { return n; }
+template <class V> struct Bf16Widened : FloatProducts<V, bf16> {
     static void widen(const bf16 *x, ptrdiff_t row, int n, int dim, float *out) {
         for (int i = 0; i < n; ++i) {
             int d = 0;
@@ -50,10 +59,6 @@ template <class V> struct Bf16Widened {
         widen(v, row, n, dim, scratch);
         return {scratch, 1, dim};
     }
-    static void pack_query(const bf16 *q, int dim, float *out, int stride) {
-        for (int d = 0; d < dim; ++d) out[d * stride] = to_float(q[d]);
-    }
-    static void pack_weights(float *, int) {}
 };
 
 #if defined(__AVX512BF16__)
@@ -95,6 +100,17 @@ template <class V> struct Bf16Pairs {
         if (n & 1) V::store(s + n * L, V::zero());
         for (int i = 0; i < n; i += 2) Dot::pack(s + i * L, s + (i + 1) * L, s + i / 2 * L);
     }
+    // Pairs of neighbouring rows.
+    static constexpr int ROWS = V::L / 2;
+    static void pack_rows(const float *s, int n, uint32_t *out, int stride) {
+        for (int i = 0; i < n; ++i) Dot::narrow(s + i * V::L, out + i * stride);
+    }
+    static void place_row(const bf16 *x, int dim, int i, int units, float *out) {
+        for (int d = 0; d < dim; ++d) {
+            bf16 *pair = reinterpret_cast<bf16 *>(out + (ptrdiff_t(d / V::L) * units + i / 2) * V::L + d % V::L);
+            pair[i & 1] = x[d];
+        }
+    }
 
   private:
     static __m512i low_half() {
@@ -105,22 +121,22 @@ template <class V> struct Bf16Pairs {
 };
 #endif
 
-// Columns a known distance apart cost no address arithmetic: the usual head sizes have their own copy.
+// Columns a known distance apart cost no address arithmetic: the usual head sizes have their own copy. The rows of
+// the G lane groups lie `apart` floats from each other.
 template <class Format, int G>
-inline void scores(const Tile<typename Format::Dot::Unit> &keys, int n, const float *q, int depth, float *s,
+inline void scores(const Tile<typename Format::Dot::Unit> &keys, int n, const float *q, ptrdiff_t apart, int depth, float *s,
                    const char *next = nullptr) {
     using V = typename Format::Lanes;
     using Dot = typename Format::Dot;
     constexpr int GROUP = TILE * V::L;
-    const ptrdiff_t a_group = ptrdiff_t(depth) * V::L;
     if (keys.column == 64)
-        broadcast_gemm<V, Dot, G, 64>(keys.data, 64, 1, q, a_group, depth, n, s, GROUP, false, next);
+        broadcast_gemm<V, Dot, G, 64>(keys.data, 64, 1, q, apart, depth, n, s, GROUP, false, next);
     else if (keys.column == 32)
-        broadcast_gemm<V, Dot, G, 32>(keys.data, 32, 1, q, a_group, depth, n, s, GROUP, false, next);
+        broadcast_gemm<V, Dot, G, 32>(keys.data, 32, 1, q, apart, depth, n, s, GROUP, false, next);
     else if (keys.column == 128)
-        broadcast_gemm<V, Dot, G, 128>(keys.data, 128, 1, q, a_group, depth, n, s, GROUP, false, next);
+        broadcast_gemm<V, Dot, G, 128>(keys.data, 128, 1, q, apart, depth, n, s, GROUP, false, next);
     else
-        broadcast_gemm<V, Dot, G>(keys.data, keys.column, 1, q, a_group, depth, n, s, GROUP, false, next);
+        broadcast_gemm<V, Dot, G>(keys.data, keys.column, 1, q, apart, depth, n, s, GROUP, false, next);
 }
 
 }  // namespace NATIVE_LEVEL

@@ -1,4 +1,5 @@
 // Every operation for one instruction level: compiled once for each, with that level's flags and NATIVE_LEVEL.
+#include "backward.hpp"
 #include "run.hpp"
 
 #define JOIN(a, b) a##b
@@ -56,5 +57,13 @@ int32_t NAME(infllm2_merge_, NATIVE_LEVEL)(const infllm2_attend_args *a, int32_t
 
 int32_t NAME(infllm2_run_, NATIVE_LEVEL)(const infllm2_run_args *a, int32_t ith, int32_t nth) {
     return dispatch(a->attend.shape, [&](auto narrow, auto wide) { run<N, W>(a, ith, nth); });
+}
+
+int32_t NAME(infllm2_backward_, NATIVE_LEVEL)(const infllm2_backward_args *a, int32_t ith, int32_t nth) {
+    return dispatch(a->attend.shape, [&](auto narrow, auto wide) { backward<N, W>(a, ith, nth); });
+}
+
+int32_t NAME(infllm2_gather_, NATIVE_LEVEL)(const infllm2_backward_args *a, int32_t ith, int32_t nth) {
+    return dispatch(a->attend.shape, [&](auto, auto wide) { gather<W>(a, ith, nth); });
 }
 }

@@ -7,6 +7,13 @@
 namespace native {
 inline namespace NATIVE_LEVEL {
 
+// Is any of `count` bits from `from` on set?
+inline bool any_of(const uint64_t *bits, int from, int count) {
+    for (int i = from; i < from + count; ++i)
+        if (bits[i >> 6] >> (i & 63) & 1) return true;
+    return false;
+}
+
 // Rows of one unit of work, in groups of L lanes. All arrays are the thread's own.
 struct Rows {
     float *q, *out, *top, *sum, *scores, *key_scratch, *value_scratch;
@@ -15,22 +22,23 @@ struct Rows {
 };
 
 constexpr int MOST_ROWS = 128;  // of a unit of work: enough to use a tile of keys from the near cache often
+constexpr int MOST_TOKENS = 128;  // of a unit of work: bits in `visitors`
 
 template <class V> inline int lane_groups(int64_t rows) { return int((rows + V::L - 1) / V::L); }
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// The largest number of lanes any unit has, whatever the vector's width.
-inline int64_t most_lanes(const infllm2_shape *s) { return round_up(s->group > MOST_ROWS ? s->group : MOST_ROWS, 16); }
+// The largest number of lanes that any unit of at most `rows` rows has, whatever the vector's width.
+inline int64_t most_lanes(const infllm2_shape *s, int64_t rows = MOST_ROWS) { return round_up(s->group > rows ? s->group : rows, 16); }
 
 // Bytes a thread, for blocks of `block_size` keys.
-inline int64_t attend_work(const infllm2_shape *s, int64_t block_size) {
-    const int64_t lanes = most_lanes(s);
+inline int64_t attend_work(const infllm2_shape *s, int64_t block_size, int64_t rows = MOST_ROWS) {
+    const int64_t lanes = most_lanes(s, rows);
     return 4 * (lanes * (2 * s->dim + 3) + 2 * (TILE + 1) * 16 + 2 * TILE * s->dim) + 16 * (s->keys / block_size + 1) + 1024;
 }
 
-inline Rows rows_in(char *work, const infllm2_shape *s) {
-    const int64_t lanes = most_lanes(s), dim = s->dim;
+inline Rows rows_in(char *work, const infllm2_shape *s, int64_t rows = MOST_ROWS) {
+    const int64_t lanes = most_lanes(s, rows), dim = s->dim;
     float *p = reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(work) + 63) & ~uintptr_t(63));
     Rows r;
     r.q = p, p += lanes * dim;
@@ -53,7 +61,7 @@ inline void update(const float *q, int depth, int dim, float scale, const Tile<t
     using V = typename Format::Lanes;
     using T = typename V::T;
     constexpr int L = V::L, GROUP = TILE * L;
-    scores<Format, G>(keys, n, q, depth, s, next_keys);
+    scores<Format, G>(keys, n, q, ptrdiff_t(depth) * L, depth, s, next_keys);
     const T factor = V::set(scale), never = V::set(-INFINITY);
     for (int g = 0; g < G; ++g) {
         float *x = s + g * GROUP;
@@ -98,8 +106,8 @@ template <class Format> struct Unit {
     int64_t batch, head, first, tokens;
     int rows, groups, depth, dim;
 
-    Unit(const infllm2_attend_args *args, char *work, int64_t b, int64_t h, int64_t t, int64_t count)
-        : a(args), r(rows_in(work, &args->shape)), batch(b), head(h), first(t), tokens(count) {
+    Unit(const infllm2_attend_args *args, char *work, int64_t b, int64_t h, int64_t t, int64_t count, int64_t most_rows = MOST_ROWS)
+        : a(args), r(rows_in(work, &args->shape, most_rows)), batch(b), head(h), first(t), tokens(count) {
         dim = int(a->shape.dim);
         depth = Format::units(dim);
         rows = int(tokens * a->shape.group);
@@ -119,6 +127,21 @@ template <class Format> struct Unit {
     // Absolute position of a row's token.
     int64_t position(int row) const { return a->shape.keys - a->shape.queries + first + row / a->shape.group; }
 
+    // How many of the keys [start, start + n) each lane of group g sees, into `visible`; lowers *least and raises *most
+    // to those of its real rows. Tokens whose bit is not set in `visitors` see none.
+    void count_seen(int g, int64_t start, int n, const uint64_t *visitors, int bit, int32_t *visible, int32_t *least, int32_t *most) const {
+        for (int i = 0, row = g * L; i < L; ++i, ++row) {
+            int64_t seen = row < rows ? position(row) + 1 - start : 0;
+            if (visitors && row < rows) {
+                const int token = bit + row / int(a->shape.group);
+                if (!(visitors[token >> 6] >> (token & 63) & 1)) seen = 0;
+            }
+            visible[i] = int32_t(seen < 0 ? 0 : (seen > n ? n : seen));
+            if (row < rows) *least = visible[i] < *least ? visible[i] : *least;
+            *most = visible[i] > *most ? visible[i] : *most;
+        }
+    }
+
     // Keys [start, start + n); `next` begins the tile after it, -1 if there is none. Of the tokens only those whose
     // bits (from `bit` on) are set in `visitors` attend; all do if it is null.
     void visit(int64_t start, int n, int64_t next, const uint64_t *visitors = nullptr, int bit = 0) {
@@ -132,16 +155,7 @@ template <class Format> struct Unit {
         for (int g = 0, step; g < groups; g += step) {
             step = g + 2 <= groups ? 2 : 1;
             int32_t least = n, most = 0;
-            for (int i = 0, row = g * L; i < step * L; ++i, ++row) {
-                int64_t seen = row < rows ? position(row) + 1 - start : 0;
-                if (visitors && row < rows) {
-                    const int token = bit + row / int(a->shape.group);
-                    if (!(visitors[token >> 6] >> (token & 63) & 1)) seen = 0;
-                }
-                r.visible[i] = int32_t(seen < 0 ? 0 : (seen > n ? n : seen));
-                if (row < rows) least = r.visible[i] < least ? r.visible[i] : least;
-                most = r.visible[i] > most ? r.visible[i] : most;
-            }
+            for (int i = 0; i < step; ++i) count_seen(g + i, start, n, visitors, bit, r.visible + i * L, &least, &most);
             if (most == 0) continue;
             const int32_t *visible = least < n ? r.visible : nullptr;
             const float *q = r.q + ptrdiff_t(g) * depth * L;
@@ -163,12 +177,6 @@ template <class Format> struct Unit {
             for (stop = stop < end ? stop : end; start < stop; start += TILE)
                 visit(start, int(stop - start < TILE ? stop - start : TILE), -1, visitors[m], bit);
         }
-    }
-
-    static bool any_of(const uint64_t *bits, int from, int count) {
-        for (int i = from; i < from + count; ++i)
-            if (bits[i >> 6] >> (i & 63) & 1) return true;
-        return false;
     }
 
     // Share `split` of `splits` of the keys: the listed blocks, or all.

@@ -89,7 +89,7 @@ template <class Format> struct Selector {
     template <int G> void logits(const infllm2_tensor &kernels, int64_t start, int n, int64_t most, int g) {
         const Source *k = static_cast<const Source *>(kernels.data) + batch * kernels.batch + head * kernels.head + start * kernels.row;
         const bool ahead = G == 1 && start + 2 * TILE <= most && kernels.row == dim;
-        scores<Format, G>(Format::keys(k, kernels.row, n, dim, r.key_scratch), n, r.q + ptrdiff_t(g) * depth * L, depth, r.scores,
+        scores<Format, G>(Format::keys(k, kernels.row, n, dim, r.key_scratch), n, r.q + ptrdiff_t(g) * depth * L, ptrdiff_t(depth) * L, depth, r.scores,
                           ahead ? reinterpret_cast<const char *>(k + TILE * kernels.row) : nullptr);
     }
 

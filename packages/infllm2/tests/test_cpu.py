@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from infllm2 import InfLLMv2Config, backends, reference
+from infllm2.backends.cpu_backend import _Attend
 from infllm2.backends.cpu_library import kernels
 from infllm2.compression import compress_keys
 
@@ -85,6 +88,54 @@ def check(q: Tensor, k: Tensor, v: Tensor, config: InfLLMv2Config) -> None:
     )
     dense = cpu.dense(q, k, v, scale)
     assert float((dense - full).abs().max()) <= max(allowed, TOLERANCE[q.dtype] / 5)
+    check_gradients(q, k, v, got, config.block_size, scale)
+    check_gradients(q, k, v, None, config.block_size, scale)
+
+
+def check_gradients(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, block_size: int, scale: float
+) -> None:
+    """Over listed blocks, or dense for `None`: at most twice as far from the truth as PyTorch."""
+    everything = torch.arange(-(-k.shape[2] // block_size), dtype=torch.int32)
+    listed = everything.expand(*k.shape[:2], q.shape[2], -1) if blocks is None else blocks
+    weight = torch.linspace(-1, 1, q.numel()).view_as(q)
+
+    def gradients(inputs: list[Tensor], attend: Callable[..., tuple[Tensor, Tensor]]) -> list:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out, lse = attend(*leaves, listed, block_size=block_size, scale=scale)
+        (out.to(weight.dtype) * weight).sum().add(lse.sum()).backward()
+        return [x.grad.double() for x in leaves]
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, listed: Tensor, **sizes: Any) -> Any:
+        if blocks is not None:
+            return backends.get("cpu").attend(q, k, v, listed, **sizes)
+        return _Attend.apply(q, k, v, None, 64, scale)
+
+    mine, plain = gradients([q, k, v], ours), gradients([q, k, v], plain_attention)
+    weight = weight.double()
+    truth = gradients([q.double(), k.double(), v.double()], reference.block_sparse_attention)
+    for name, x, theirs, exact in zip("qkv", mine, plain, truth, strict=True):
+        # One rounding of the result; float32 sums over all rows, whose errors walk randomly.
+        walk = max(32, (q.shape[1] // k.shape[1] * q.shape[2]) ** 0.5)
+        step = max(2 * torch.finfo(q.dtype).eps, walk * torch.finfo(torch.float32).eps)
+        floor = step * max(1.0, float(exact.abs().max()))
+        allowed = max(2 * float((theirs - exact).abs().max()), floor)
+        assert float((x - exact).abs().max()) <= allowed, name
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Masked attention in the inputs' own dtype, as anybody would write it."""
+    G, T, S = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    key = torch.arange(S)
+    visits = (blocks[..., None] == key // block_size).any(-2)
+    visits &= key <= torch.arange(S - T, S)[:, None]
+    visits = visits.repeat_interleave(G, 1)
+    k, v = (x.repeat_interleave(G, 1) for x in (k, v))
+    logits = (q @ k.transpose(-1, -2) * scale).masked_fill(~visits, -torch.inf)
+    weights = logits.softmax(-1).masked_fill(~visits.any(-1, keepdim=True), 0.0)
+    return weights @ v, logits.float().logsumexp(-1)
 
 
 def assert_equal_but_for_ties(got: Tensor, expected: Tensor, scores: Tensor) -> None:

@@ -220,6 +220,10 @@ template <> struct PairDot<Zmm> {
                                                23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
         _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, (__m512i)both));
     }
+    // L floats to L bfloat16, in order.
+    static void narrow(const float *x, uint32_t *out) {
+        _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x)));
+    }
 };
 template <> struct PairDot<Ymm> {
     using Unit = uint32_t;
@@ -230,6 +234,9 @@ template <> struct PairDot<Ymm> {
         const __m256bh both = _mm256_cvtne2ps_pbh(_mm256_loadu_ps(odd), _mm256_loadu_ps(even));
         const __m256i order = _mm256_set_epi16(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
         _mm256_storeu_si256((__m256i *)out, _mm256_permutexvar_epi16(order, (__m256i)both));
+    }
+    static void narrow(const float *x, uint32_t *out) {
+        _mm_storeu_si128((__m128i *)out, (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(x)));
     }
 };
 #endif

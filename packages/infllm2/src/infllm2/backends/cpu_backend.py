@@ -1,13 +1,13 @@
 """The C++ kernels for CPUs: selection that never holds a queries × kernels matrix, block-sparse and
-dense attention with a running maximum, one call for both steps.
+dense attention with a running maximum and its gradients, one call for both steps.
 
-float32 and bfloat16, any group size, even head sizes for bfloat16. Backward runs through the
-`torch` backend on the same blocks.
+float32 and bfloat16, any group size, even head sizes for bfloat16.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from infllm2.backends import Inputs
 from infllm2.backends.cpu_library import (
     DTYPES,
     AttendArgs,
+    BackwardArgs,
     Kernels,
     RunArgs,
     SelectArgs,
@@ -70,7 +71,9 @@ class CpuBackend:
         return _attend(q, k, v, blocks.int(), block_size, scale)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Causal attention of the last T of S positions; no autograd."""
+        """Causal attention of the last T of S positions, with autograd."""
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return _Attend.apply(q, k, v, None, 64, scale)[0]
         return _attend(q, k, v, None, 64, scale)[0]
 
     def run(
@@ -114,25 +117,30 @@ BACKEND = CpuBackend()
 
 
 class _Attend(torch.autograd.Function):
-    """Forward by the kernels; backward through the torch backend, which sees the same blocks."""
+    """Attention over listed blocks, or all keys for `blocks=None`; the weights are made again."""
 
     @staticmethod
-    def forward(ctx, q, k, v, blocks, block_size, scale):  # noqa: ANN001, ANN205
-        ctx.save_for_backward(q, k, v, blocks)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        blocks: Tensor | None,
+        block_size: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        blocks = None if blocks is None else blocks.int()
+        out, lse = _attend(q, k, v, blocks, block_size, scale)
+        ctx.save_for_backward(q, k, v, blocks, out, lse)
         ctx.sizes = block_size, scale
-        return _attend(q, k, v, blocks.int(), block_size, scale)
+        return out, lse
 
     @staticmethod
-    def backward(ctx, grad_out, grad_lse):  # noqa: ANN001, ANN205
-        from infllm2.backends.torch_backend import BACKEND as by_torch
-
-        *qkv, blocks = ctx.saved_tensors
-        block_size, scale = ctx.sizes
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in qkv]
-            out, lse = by_torch.attend(*leaves, blocks, block_size=block_size, scale=scale)
-            grads = torch.autograd.grad((out, lse), leaves, (grad_out, grad_lse))
-        return *grads, None, None, None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, blocks, out, lse = ctx.saved_tensors
+        delta = (grad_out.float() * out.float()).sum(-1) - grad_lse
+        return *_backward(q, k, v, blocks, *ctx.sizes, grad_out, lse, delta), None, None, None
 
 
 def _library() -> Kernels:
@@ -141,9 +149,9 @@ def _library() -> Kernels:
     return library
 
 
-def _tile(pairs: int, queries: int, group: int, threads: int) -> int:
-    """Tokens that are done together: 128 rows, or fewer where threads would have nothing to do."""
-    tile = max(1, min(128 // group, queries))
+def _tile(pairs: int, queries: int, group: int, threads: int, rows: int = 128) -> int:
+    """Tokens done together: `rows` rows, or fewer where threads would have nothing to do."""
+    tile = max(1, min(rows // group, 128, queries))
     while tile > 1 and pairs * -(-queries // tile) < 4 * threads:
         tile //= 2
     return tile
@@ -195,3 +203,45 @@ def _attend(
     if splits > 1:
         library.merge(args, threads)
     return out, lse
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor | None,
+    block_size: int,
+    scale: float,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous, in their dtype."""
+    B, H, T, D = q.shape
+    K, S = k.shape[1:3]
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
+    if not q.numel() or (blocks is not None and not blocks.shape[3]):
+        return dq, dk, dv
+    q, k, v, grad = _rows(q), _rows(k), _rows(v), _rows(grad.to(q.dtype))
+    if scale < 0:
+        dq, dk, dv = _backward(-q, k, v, blocks, block_size, -scale, grad, lse, delta)
+        return -dq, dk, dv
+    blocks = None if blocks is None else blocks.contiguous()
+    lse, delta = lse.contiguous(), delta.contiguous()
+    threads = torch.get_num_threads()
+    library = _library()
+    shape = shape_of(q, K, S)
+    size, floats = library.backward_sizes(shape, block_size)
+    slots = 1 if B * K % threads == 0 else threads
+    gradients = torch.empty(B * K * slots * floats)
+    args = BackwardArgs(
+        *shape, *strided(q), *strided(k), *strided(v),
+        None if blocks is None else blocks.data_ptr(), 0 if blocks is None else blocks.shape[3],
+        None, None, library.scratch(threads * size), size, None, 1,
+        _tile(B * K, T, H // K, threads, 512), block_size, scale,
+        *strided(grad), lse.data_ptr(), delta.data_ptr(), dq.data_ptr(), dk.data_ptr(),
+        dv.data_ptr(), gradients.data_ptr(), slots,
+    )  # fmt: skip
+    library.backward(args, threads)
+    library.gather(args, threads)
+    return dq, dk, dv

@@ -65,6 +65,13 @@ _ATTEND = [
     ("scale", c_float),
 ]
 
+_BACKWARD = [
+    *_ATTEND,
+    *_strided("grad"),
+    *_fields(c_void_p, "", "lse delta grad_q grad_k grad_v gradients"),
+    ("slots", c_int64),
+]
+
 
 def _structure(name: str, *parts: list[tuple[str, Any]]) -> type[Structure]:
     flat = [(f"f{i}_{n}", kind) for i, (n, kind) in enumerate(f for part in parts for f in part)]
@@ -77,6 +84,7 @@ Selection = _structure("Selection", _SELECTION)
 SelectArgs = _structure("SelectArgs", _SELECT)
 AttendArgs = _structure("AttendArgs", _ATTEND)
 RunArgs = _structure("RunArgs", _SELECT, _ATTEND)
+BackwardArgs = _structure("BackwardArgs", _BACKWARD)
 
 
 def shape_of(q: Tensor, kv_heads: int, keys: int) -> tuple[int, ...]:
@@ -104,17 +112,19 @@ class Kernels:
     """The loaded library: its operations, sizes and level.
 
     Attributes:
-        select, attend, merge, run: operations; see `csrc/args.h`.
+        select, attend, merge, run, backward, gather: operations; see `csrc/args.h`.
         level: instruction set in use: "scalar", "avx2", "avx512" or "avx512_bf16".
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        names = ("select", "attend", "merge", "run")
-        self.select, self.attend, self.merge, self.run = (
+        names = ("select", "attend", "merge", "run", "backward", "gather")
+        self.select, self.attend, self.merge, self.run, self.backward, self.gather = (
             _native.Operation(library, "infllm2", name) for name in names
         )
         self._select_work = _sizer(library.infllm2_select_work, 2)
         self._attend_work = _sizer(library.infllm2_attend_work, 1, 1)
+        self._backward_work = _sizer(library.infllm2_backward_work, 1, 1)
+        self._gradient_floats = _sizer(library.infllm2_gradient_floats, 1)
         self._partial_floats = _sizer(library.infllm2_partial_floats, 1)
         library.infllm2_level_name.restype = c_char_p
         self.level = library.infllm2_level_name(library.infllm2_level()).decode()
@@ -145,6 +155,11 @@ class Kernels:
         return self._sizes(
             (*shape[:4], -(-shape[4] // 4096) * 4096, *shape[5:]), block_size, selection
         )
+
+    def backward_sizes(self, shape: tuple[int, ...], block_size: int) -> tuple[int, int]:
+        """(bytes a thread, floats of one accumulator) for `backward`."""
+        ours = ctypes.byref(Shape(*shape))
+        return self._backward_work(ours, block_size), self._gradient_floats(ours)
 
     def scratch(self, size: int) -> int:
         """Address of at least `size` bytes, this Python thread's own until its next call."""
