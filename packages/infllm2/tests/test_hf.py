@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from infllm2 import InfLLMv2Config, register, sparse, traced_dense
+from infllm2 import InfLLMv2Config, register, select_blocks, sparse, traced_dense
 
 testbed = pytest.importorskip("testbed")
 transformers = pytest.importorskip("transformers")
@@ -203,6 +203,34 @@ def test_trace_counts_what_the_configuration_implies(small: InfLLMv2Config) -> N
     with sparse(model, replace(small, dense_len=1000)) as switched:
         model(prompt)
     assert switched.summary()["visited_blocks"] == causal * 2
+
+
+@torch.no_grad()
+def test_blocks_chosen_another_way(
+    llama: transformers.PreTrainedModel, small: InfLLMv2Config
+) -> None:
+    """`select` takes the place of the scores, for padded rows and decoding steps too."""
+    prompt, mask, asked = ids(2, 150), torch.ones(2, 150, dtype=torch.long), []
+    mask[1, :40] = 0
+
+    def worst(q: torch.Tensor, k: torch.Tensor, config: InfLLMv2Config) -> torch.Tensor:
+        asked.append((q.shape[2], k.shape[2]))
+        return select_blocks(-q, k, config)
+
+    for given in (None, mask):
+        found = []
+        for select in (None, select_blocks, worst):
+            with sparse(llama, small, select=select):
+                found.append(llama(prompt, attention_mask=given).logits[0])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+        assert (found[2] - found[0])[80:].abs().max() > 1e-3
+    with sparse(llama, small, select=worst):
+        llama.generate(prompt[:1], max_new_tokens=2)
+    padded = [(150, 150), (110, 110)] * 2
+    assert asked == [(150, 150)] * 2 + padded + [(150, 150)] * 2 + [(1, 151)] * 2
+    with sparse(llama, small, select=lambda *args: worst(*args).flip(-1)):
+        with pytest.raises(ValueError, match="blocks must ascend"):
+            llama(prompt)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from infllm2.compression import CompressedKeys
 from infllm2.config import InfLLMv2Config
 from infllm2.layer_cache import LayerCache
 from infllm2.selection import blocks_of, compressed
+
+# (q [B, Hq, T, D], k [B, Hkv, S, D], config) -> blocks, as `select_blocks` gives them.
+Select = Callable[[Tensor, Tensor, InfLLMv2Config], Tensor]
 
 
 def block_sparse_attention(
@@ -120,11 +124,13 @@ def attend(
     *,
     keys: CompressedKeys | None = None,
     unrotated: tuple[Tensor, Tensor] | None = None,
+    select: Select | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """As `infllmv2_attention`, with the visited blocks, `None` where attention was dense.
 
-    `keys`: compressed keys of k, where they are known already.
+    `keys`: compressed keys of k, where they are known already. `select`: chooses the blocks in
+    place of InfLLM v2's own scores.
     """
     check_qk(q, k)
     check_kv(k, v)
@@ -135,6 +141,11 @@ def attend(
         if not training and hasattr(chosen, "dense"):
             return chosen.dense(q, k, v, scale), None
         return dense_attention(q, k, v), None
+    if select is not None:
+        blocks = select(q, k, config)
+        check_blocks(q, k, blocks, config.block_size)
+        out, _ = chosen.attend(q, k, v, blocks, block_size=config.block_size, scale=scale)
+        return out, blocks
     plain = not config.use_nope and config.compat is None
     if plain and not training and hasattr(chosen, "run"):
         keys = compressed(k, config) if keys is None else keys

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from infllm2 import backends
+from infllm2.attention import Select
 from infllm2.config import InfLLMv2Config
 from infllm2.hf_attention import (
     Session,
@@ -53,6 +54,7 @@ def sparse(
     *,
     backend: str = "auto",
     keep_blocks: bool = False,
+    select: Select | None = None,
 ) -> Iterator[Trace]:
     """Run a transformers decoder with InfLLM v2 inside the `with` block, and as before after it.
 
@@ -67,6 +69,8 @@ def sparse(
         config: sizes and budget. Sequences shorter than `config.dense_len` run dense.
         backend: see `select_blocks`.
         keep_blocks: keep the visited blocks of each layer's last prefill for `Trace.blocks`.
+        select: another way to choose, `(q, k, config) -> blocks` with the shapes of
+            `select_blocks`; called for each layer, pass and group of equally padded rows.
 
     Yields:
         A `Trace` of every attention call.
@@ -86,7 +90,7 @@ def sparse(
             "not hand to attention: call infllmv2_attention(..., unrotated=(q, k))"
         )
     trace = Trace(config.block_size, keep_blocks)
-    with _switched(model, IMPLEMENTATION, trace, config, backend):
+    with _switched(model, IMPLEMENTATION, trace, config, backend, select):
         yield trace
 
 
@@ -117,6 +121,7 @@ def _switched(
     trace: Trace,
     config: InfLLMv2Config | None,
     backend: str,
+    select: Select | None = None,
 ) -> Iterator[Trace]:
     """Change the attention of all decoders inside `model`, and change it back whatever happens."""
     register()
@@ -125,7 +130,7 @@ def _switched(
     try:
         for model_config in configs:
             model_config._attn_implementation_internal = implementation
-            sessions[id(model_config)] = Session(model_config, trace, config, backend)
+            sessions[id(model_config)] = Session(model_config, trace, config, backend, select)
         yield trace
     finally:
         for model_config, old, session in before:

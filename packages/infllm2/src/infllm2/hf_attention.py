@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infllm2.attention import attend
+from infllm2.attention import Select, attend
 from infllm2.config import InfLLMv2Config
 from infllm2.layer_cache import LayerCache
 from infllm2.trace import Call, Trace, causal_blocks, timed
@@ -26,6 +26,7 @@ class Session:
     trace: Trace
     config: InfLLMv2Config | None = None
     backend: str = "auto"
+    select: Select | None = None
 
 
 # Open sessions by id of the model's configuration; a session keeps its configuration alive.
@@ -88,10 +89,18 @@ def sparse_forward(
         if attention_mask is None:
             keys = _cached(key, config)
             known = keys.compressed() if keys is not None else None
-            out, blocks = attend(query, key, value, config, keys=known, backend=session.backend)
+            out, blocks = attend(
+                query,
+                key,
+                value,
+                config,
+                keys=known,
+                select=session.select,
+                backend=session.backend,
+            )
             parts = [(query.shape[0], key.shape[2] - T, key.shape[2], blocks)]
         else:
-            out, parts = _ragged(query, key, value, attention_mask, config, session.backend)
+            out, parts = _ragged(query, key, value, attention_mask, config, session)
         return out.transpose(1, 2).contiguous(), parts
 
     (out, parts), seconds = timed(run, query.device)
@@ -100,7 +109,7 @@ def sparse_forward(
 
 
 def _ragged(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, config: InfLLMv2Config, backend: str
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, config: InfLLMv2Config, session: Session
 ) -> tuple[Tensor, list[tuple[int, int, int, Tensor | None]]]:
     """Rows without their padding: tokens of a row stand at start … end − 1 of the keys."""
     T, S = q.shape[2], mask.shape[1]
@@ -132,7 +141,13 @@ def _ragged(
             whole = len(members) == k.shape[0]
             known = cache.compressed(start, end, None if whole else tuple(members))
         part, blocks = attend(
-            q[pick, :, at], k[pick, :, keys], v[pick, :, keys], config, keys=known, backend=backend
+            q[pick, :, at],
+            k[pick, :, keys],
+            v[pick, :, keys],
+            config,
+            keys=known,
+            select=session.select,
+            backend=session.backend,
         )
         out[pick, :, at] = part
         parts.append((len(members), first - start, end - start, blocks))
