@@ -1,5 +1,6 @@
 // The C interface: every operation is `int32_t name(const args *, int32_t ith, int32_t nth)`. It does share
-// `ith` of `nth`, allocates nothing, keeps no state, and returns 0 or an error code. The caller owns the threads.
+// `ith` of `nth`, allocates nothing, keeps no state, and returns 0, 1 (unknown dtype) or 2 (tile too large). The caller
+// owns the threads.
 //
 // Letters: B batch, H query heads, K key-value heads, G = H / K, T queries, S keys, D head size. Queries are the
 // last T of S positions. Strides are in elements; the last axis is always contiguous. dtype: 0 float32, 1 bfloat16.
@@ -38,7 +39,8 @@ typedef struct {
 } infllm2_select_args;
 
 // out [B, H, T, D] in dtype, lse float32 [B, H, T]. Blocks int32 [B, K, T, width], ascending, then -1; a null
-// pointer means all keys (dense attention). `tile` tokens are a unit of work, tile * G at most 128 unless tile is 1.
+// pointer means all keys (dense attention). `tile` tokens are a unit of work: at most 128, tile * G at most 512
+// unless tile is 1.
 // With splits > 1 each unit is cut in as many; listed blocks then need tile = 1, `partial` must hold
 // infllm2_partial_floats for each unit and split, and infllm2_merge finishes the work.
 typedef struct {
@@ -68,7 +70,7 @@ typedef struct {
 int32_t infllm2_run(const infllm2_run_args *, int32_t ith, int32_t nth);
 
 // Gradients of infllm2_attend over its blocks (null: all keys). attend: shape, q, k, v, blocks, width, work, tile,
-// block_size, scale; the rest is not read; tile is at most 128, tile * G at most 512 unless tile is 1. grad: dO. lse as attend gave it; delta = rowsum(dO * O) - dlse, float32
+// block_size, scale; the rest is not read. grad: dO. lse as attend gave it; delta = rowsum(dO * O) - dlse, float32
 // [B, H, T]. grad_q [B, H, T, D] is written here, grad_k and grad_v [B, K, S, D] by infllm2_gather from `gradients`:
 // infllm2_gradient_floats for each batch row, key-value head and slot. slots: 1, or the number of threads.
 typedef struct {

@@ -9,61 +9,51 @@
 namespace native {
 inline namespace NATIVE_LEVEL {
 
-// Time of one block for one wide vector of rows alone; in a tile, neighbours share broadcasts and paired values.
-constexpr float TOGETHER = 0.82f;
-
-// Which of `count` tokens from `first` on visit each of the blocks that one of them can see: returns the number of
-// visits; `visitors` gets a bit for each token.
-inline int64_t find_visitors(const infllm2_shape &s, int64_t block_size, const int32_t *lists, int64_t width, int64_t first, int64_t count, uint64_t (*visitors)[2]) {
+// Which of `count` tokens from `first` on visit each of the blocks that one of them can see: a bit for each token.
+inline void find_visitors(const infllm2_shape &s, int64_t block_size, const int32_t *lists, int64_t width, int64_t first, int64_t count, uint64_t (*visitors)[2]) {
     const int64_t end = s.keys - s.queries + first + count, blocks = (end + block_size - 1) / block_size;
     std::memset(visitors, 0, sizeof(*visitors) * blocks);
-    int64_t visits = 0;
     for (int64_t t = 0; t < count; ++t)
         for (int64_t i = 0; i < width && lists[t * width + i] >= 0; ++i) {
             const int64_t m = lists[t * width + i];
             if (m >= blocks) break;  // beyond every token of the tile
             visitors[m][t >> 6] |= uint64_t(1) << (t & 63);
-            ++visits;
         }
-    return visits;
 }
 
-// How many tokens of a tile to do together, whichever is least work: 1, a vector's worth, or all.
-template <class Narrow, class Wide>
-int64_t plan_tile(const infllm2_shape &s, int64_t block_size, const int32_t *lists, int64_t width, int64_t first, int64_t count, uint64_t (*visitors)[2]) {
-    constexpr int L = Wide::Lanes::L;
-    const int group = int(s.group), vector = L / group < 1 ? 1 : L / group;
-    if (count == 1 || count * group > MOST_ROWS) return 1;
-    const int64_t own = find_visitors(s, block_size, lists, width, first, count, visitors);
-    const int64_t end = s.keys - s.queries + first + count, blocks = (end + block_size - 1) / block_size;
-    int64_t shared = 0, all = 0;
+// Lane groups of L rows with a visitor, over all blocks.
+inline int64_t active_groups(const infllm2_shape &s, int64_t first, int64_t count, int64_t block_size, const uint64_t (*visitors)[2], int L) {
+    const int64_t blocks = (s.keys - s.queries + first + count + block_size - 1) / block_size;
+    const int heads = int(s.group), rows = int(count) * heads;
+    int64_t found = 0;
     for (int64_t m = 0; m < blocks; ++m) {
         if (!(visitors[m][0] | visitors[m][1])) continue;
-        ++all;
-        for (int64_t t = 0; t < count; t += vector) shared += any_of(visitors[m], int(t), int(count - t < vector ? count - t : vector));
+        for (int row = 0; row < rows; row += L) {
+            const int token = row / heads, last = (row + L < rows ? row + L - 1 : rows - 1) / heads;
+            found += any_of(visitors[m], token, last - token + 1);
+        }
     }
-    const bool narrow = group <= Narrow::Lanes::L && Narrow::Lanes::L < L;
-    const float vectors = float((count * group + L - 1) / L), one = narrow ? 0.5f : float((group + L - 1) / L);
-    const float alone = float(own) * one, by_vector = vector > 1 ? float(shared) : INFINITY;
-    const float by_tile = float(all) * vectors * TOGETHER;
-    return alone <= by_vector && alone <= by_tile ? 1 : by_vector < by_tile ? vector : count;
+    return found;
 }
 
+// Block by block: what reading and repacking a block costs is shared by the tokens that visit it, and lane groups
+// without such a token are left out. A narrow vector takes half the time and holds fewer tokens.
 template <class Narrow, class Wide>
 void attend_tile(const infllm2_attend_args *a, char *work, int64_t b, int64_t h, int64_t first, int64_t count, const int32_t *lists) {
-    uint64_t(*visitors)[2] = rows_in(work, &a->shape).visitors;
-    const int64_t step = plan_tile<Narrow, Wide>(a->shape, a->block_size, lists, a->width, first, count, visitors);
-    const auto done = [](auto &&unit, auto visit) { visit(unit), unit.finish(); };
-    for (int64_t t = 0; t < count; t += step) {
-        const int64_t some = count - t < step ? count - t : step;
-        const auto own = [&](auto &unit) { unit.visit_all(lists + t * a->width, a->width, 0, 1); };
-        if (step > 1)
-            done(Unit<Wide>(a, work, b, h, first + t, some), [&](auto &unit) { unit.visit_union(visitors, int(t)); });
-        else if (a->shape.group <= Narrow::Lanes::L)
-            done(Unit<Narrow>(a, work, b, h, first + t, 1), own);
-        else
-            done(Unit<Wide>(a, work, b, h, first + t, 1), own);
+    const infllm2_shape &s = a->shape;
+    constexpr int narrow = Narrow::Lanes::L, wide = Wide::Lanes::L;
+    if (count == 1) {
+        const auto alone = [&](auto &&unit) { unit.visit_all(lists, a->width, 0, 1), unit.finish(); };
+        if (s.group <= narrow) return alone(Unit<Narrow>(a, work, b, h, first, count));
+        return alone(Unit<Wide>(a, work, b, h, first, count));
     }
+    uint64_t(*visitors)[2] = rows_in(work, &s).visitors;
+    find_visitors(s, a->block_size, lists, a->width, first, count, visitors);
+    const auto together = [&](auto &&unit) { unit.visit_union(visitors), unit.finish(); };
+    if (narrow < wide && s.group <= narrow &&
+        active_groups(s, first, count, a->block_size, visitors, narrow) < 2 * active_groups(s, first, count, a->block_size, visitors, wide))
+        return together(Unit<Narrow>(a, work, b, h, first, count));
+    together(Unit<Wide>(a, work, b, h, first, count));
 }
 
 // Calls f(batch, head, first token, tokens, pair, item) for share `ith` of `nth` of the tiles, `times` each.

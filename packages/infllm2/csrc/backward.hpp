@@ -14,13 +14,10 @@ inline int64_t padded_dim(const infllm2_shape *s) { return round_up(s->dim, 16);
 // Floats of one accumulator: dK and then dV of one batch row and key-value head, [keys][padded head size] each.
 inline int64_t gradient_floats(const infllm2_shape *s) { return 2 * s->keys * padded_dim(s); }
 
-// Rows of a unit. Its tokens share what is read and written for a block, so there are more than in the forward pass.
-constexpr int MOST_BACKWARD_ROWS = 512;
-
 inline int64_t backward_work(const infllm2_shape *s, int64_t block_size) {
-    const int64_t lanes = most_lanes(s, MOST_BACKWARD_ROWS), dim = padded_dim(s);
-    return attend_work(s, block_size, MOST_BACKWARD_ROWS) +
-           4 * (4 * lanes * dim + 3 * lanes + 2 * (TILE + 1) * 16 + 2 * TILE * lanes + TILE * s->dim) + 256;
+    const int64_t lanes = most_lanes(s), dim = padded_dim(s);
+    return attend_work(s, block_size) +
+           4 * (4 * lanes * dim + 2 * lanes + 2 * (TILE + 1) * 16 + 2 * TILE * lanes + TILE * s->dim) + 256;
 }
 
 template <class Format> struct BackwardUnit {
@@ -34,16 +31,15 @@ template <class Format> struct BackwardUnit {
     Unit<Format> unit;  // q, dQ (in its `out`), scratch for keys and scores
     float *grad, *q_rows, *grad_rows, *some_rows, *lse, *delta, *weights, *value_rows;
     BUnit *all_weights, *all_slopes;  // of every active row for one tile of keys
-    int32_t *active;                  // lane groups that see any of the keys
     float *gradients;                 // the accumulator
     int wide, stride;                 // vectors to a head, floats to a row of the accumulator
 
     BackwardUnit(const infllm2_backward_args *args, char *work, int64_t b, int64_t h, int64_t first, int64_t count, float *accumulator)
-        : g(args), unit(&args->attend, work, b, h, first, count, MOST_BACKWARD_ROWS), gradients(accumulator) {
+        : g(args), unit(&args->attend, work, b, h, first, count), gradients(accumulator) {
         const infllm2_shape *s = &args->attend.shape;
-        const int64_t lanes = most_lanes(s, MOST_BACKWARD_ROWS), dim = padded_dim(s);
+        const int64_t lanes = most_lanes(s), dim = padded_dim(s);
         wide = int((s->dim + L - 1) / L), stride = int(dim);
-        work += attend_work(s, args->attend.block_size, MOST_BACKWARD_ROWS);
+        work += attend_work(s, args->attend.block_size);
         float *p = reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(work) + 63) & ~uintptr_t(63));
         grad = p, p += lanes * dim;
         q_rows = p, p += lanes * dim;
@@ -51,7 +47,6 @@ template <class Format> struct BackwardUnit {
         some_rows = p, p += lanes * dim;
         lse = p, p += lanes;
         delta = p, p += lanes;
-        active = reinterpret_cast<int32_t *>(p), p += lanes;
         weights = p, p += 2 * (TILE + 1) * 16;
         all_weights = reinterpret_cast<BUnit *>(p), p += TILE * lanes;
         all_slopes = reinterpret_cast<BUnit *>(p), p += TILE * lanes;
@@ -75,19 +70,10 @@ template <class Format> struct BackwardUnit {
         }
     }
 
-    // Can a row of this lane group see a key from `start` on?
-    bool is_active(int group, int64_t start, const uint64_t *visitors) const {
-        const int last_row = (group + 1) * L < unit.rows ? (group + 1) * L - 1 : unit.rows - 1;
-        const int heads = int(unit.a->shape.group), token = group * L / heads, last = last_row / heads;
-        return unit.position(last_row) >= start && (!visitors || any_of(visitors, token, last - token + 1));
-    }
-
     // Keys [start, start + n), at most a tile.
     void visit(int64_t start, int n, const uint64_t *visitors) {
         const infllm2_attend_args *a = unit.a;
-        int count = 0;
-        for (int group = 0; group < unit.groups; ++group)
-            if (is_active(group, start, visitors)) active[count++] = group;
+        const int count = unit.find_active(start, visitors), *active = unit.r.active;
         const Source *k = static_cast<const Source *>(a->k.data) + unit.batch * a->k.batch + unit.head * a->k.head + start * a->k.row;
         const Source *v = static_cast<const Source *>(a->v.data) + unit.batch * a->v.batch + unit.head * a->v.head + start * a->v.row;
         const auto keys = Format::keys(k, a->k.row, n, unit.dim, unit.r.key_scratch);
@@ -96,7 +82,7 @@ template <class Format> struct BackwardUnit {
         for (int i = 0, step; i < count; i += step) {
             step = i + 2 <= count ? 2 : 1;
             int32_t least = n, most = 0;
-            for (int j = 0; j < step; ++j) unit.count_seen(active[i + j], start, n, visitors, 0, unit.r.visible + j * L, &least, &most);
+            for (int j = 0; j < step; ++j) unit.count_seen(active[i + j], start, n, visitors, unit.r.visible + j * L, &least, &most);
             if (step == 2)
                 rows_of<2>(i, count, n, keys, values, pairs, least < n);
             else
@@ -109,7 +95,7 @@ template <class Format> struct BackwardUnit {
 
     // Weights and their slopes for G active lane groups from the i-th on, and what they add to dQ.
     template <int G> void rows_of(int i, int count, int n, const Tile<BUnit> &keys, const Tile<BUnit> &values, const Tile<BUnit> &pairs, bool masked) {
-        const ptrdiff_t group = active[i], apart = active[i + G - 1] - group, size = ptrdiff_t(unit.depth) * L;
+        const ptrdiff_t group = unit.r.active[i], apart = unit.r.active[i + G - 1] - group, size = ptrdiff_t(unit.depth) * L;
         float *weight_rows = weights, *slope_rows = unit.r.scores;
         scores<Format, G>(keys, n, unit.r.q + group * size, apart * size, unit.depth, weight_rows);
         scores<Format, G>(values, n, grad + group * size, apart * size, unit.depth, slope_rows);
@@ -143,7 +129,7 @@ template <class Format> struct BackwardUnit {
         if (count < unit.groups) {
             for (int j = 0; j < wide; ++j)
                 for (int i = 0; i < count; ++i)
-                    std::memcpy(some_rows + j * part + i * size, x + (ptrdiff_t(j) * unit.groups + active[i]) * size, sizeof(float) * size);
+                    std::memcpy(some_rows + j * part + i * size, x + (ptrdiff_t(j) * unit.groups + unit.r.active[i]) * size, sizeof(float) * size);
             x = some_rows;
         }
         int j = 0;
@@ -190,7 +176,7 @@ template <class Narrow, class Wide> void backward(const infllm2_backward_args *g
         for (int64_t tile = g->slots == 1 ? 0 : ith; tile < tiles; tile += g->slots == 1 ? 1 : nth) {
             const int64_t first = tile * a->tile, count = s.queries - first < a->tile ? s.queries - first : a->tile;
             const int64_t b = pair / s.kv_heads, h = pair % s.kv_heads;
-            uint64_t(*visitors)[2] = a->blocks ? rows_in(work, &s, MOST_BACKWARD_ROWS).visitors : nullptr;
+            uint64_t(*visitors)[2] = a->blocks ? rows_in(work, &s).visitors : nullptr;
             if (visitors) find_visitors(s, a->block_size, a->blocks + (pair * s.queries + first) * a->width, a->width, first, count, visitors);
             const auto one = [&](auto &&unit) { unit.visit_all(visitors), unit.finish(); };
             if (count * s.group <= Narrow::Lanes::L)

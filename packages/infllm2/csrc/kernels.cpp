@@ -26,7 +26,8 @@ template <class V> using Bf16 = Bf16Widened<V>;
 #endif
 
 // Few rows leave half of a wide vector idle, and then the narrow one takes half the time: all come in both.
-template <class Run> int32_t dispatch(const infllm2_shape &s, Run run) {
+template <class Run> int32_t dispatch(const infllm2_shape &s, int64_t tile, Run run) {
+    if (tile < 1 || tile > MOST_TOKENS || (tile > 1 && tile * s.group > MOST_ROWS)) return 2;
     if (s.dtype == 0) return run(Float32<Narrow>(), Float32<Wide>()), 0;
     if (s.dtype == 1) return run(Bf16<Narrow>(), Bf16<Wide>()), 0;
     return 1;
@@ -44,26 +45,26 @@ using namespace native;
 extern "C" {
 
 int32_t NAME(infllm2_select_, NATIVE_LEVEL)(const infllm2_select_args *a, int32_t ith, int32_t nth) {
-    return dispatch(a->shape, [&](auto narrow, auto wide) { select<N, W>(a, ith, nth); });
+    return dispatch(a->shape, 1, [&](auto narrow, auto wide) { select<N, W>(a, ith, nth); });
 }
 
 int32_t NAME(infllm2_attend_, NATIVE_LEVEL)(const infllm2_attend_args *a, int32_t ith, int32_t nth) {
-    return dispatch(a->shape, [&](auto narrow, auto wide) { attend<N, W>(a, ith, nth, false); });
+    return dispatch(a->shape, a->tile, [&](auto narrow, auto wide) { attend<N, W>(a, ith, nth, false); });
 }
 
 int32_t NAME(infllm2_merge_, NATIVE_LEVEL)(const infllm2_attend_args *a, int32_t ith, int32_t nth) {
-    return dispatch(a->shape, [&](auto narrow, auto wide) { attend<N, W>(a, ith, nth, true); });
+    return dispatch(a->shape, a->tile, [&](auto narrow, auto wide) { attend<N, W>(a, ith, nth, true); });
 }
 
 int32_t NAME(infllm2_run_, NATIVE_LEVEL)(const infllm2_run_args *a, int32_t ith, int32_t nth) {
-    return dispatch(a->attend.shape, [&](auto narrow, auto wide) { run<N, W>(a, ith, nth); });
+    return dispatch(a->attend.shape, a->attend.tile, [&](auto narrow, auto wide) { run<N, W>(a, ith, nth); });
 }
 
 int32_t NAME(infllm2_backward_, NATIVE_LEVEL)(const infllm2_backward_args *a, int32_t ith, int32_t nth) {
-    return dispatch(a->attend.shape, [&](auto narrow, auto wide) { backward<N, W>(a, ith, nth); });
+    return dispatch(a->attend.shape, a->attend.tile, [&](auto narrow, auto wide) { backward<N, W>(a, ith, nth); });
 }
 
 int32_t NAME(infllm2_gather_, NATIVE_LEVEL)(const infllm2_backward_args *a, int32_t ith, int32_t nth) {
-    return dispatch(a->attend.shape, [&](auto, auto wide) { gather<W>(a, ith, nth); });
+    return dispatch(a->attend.shape, a->attend.tile, [&](auto, auto wide) { gather<W>(a, ith, nth); });
 }
 }

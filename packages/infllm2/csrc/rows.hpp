@@ -7,38 +7,39 @@
 namespace native {
 inline namespace NATIVE_LEVEL {
 
-// Is any of `count` bits from `from` on set?
+// Is any of `count` of 128 bits from `from` on set? 0 < count <= 64, from + count <= 128.
 inline bool any_of(const uint64_t *bits, int from, int count) {
-    for (int i = from; i < from + count; ++i)
-        if (bits[i >> 6] >> (i & 63) & 1) return true;
-    return false;
+    const int word = from >> 6, shift = from & 63;
+    uint64_t found = bits[word] >> shift;
+    if (shift + count > 64) found |= bits[1] << (64 - shift);
+    return found << (64 - count);
 }
 
 // Rows of one unit of work, in groups of L lanes. All arrays are the thread's own.
 struct Rows {
     float *q, *out, *top, *sum, *scores, *key_scratch, *value_scratch;
-    int32_t *visible;
+    int32_t *visible, *active;
     uint64_t (*visitors)[2];  // for each block, which tokens of a tile visit it
 };
 
-constexpr int MOST_ROWS = 128;  // of a unit of work: enough to use a tile of keys from the near cache often
+constexpr int MOST_ROWS = 512;  // of a unit of work: many share what reading and repacking a tile of keys costs
 constexpr int MOST_TOKENS = 128;  // of a unit of work: bits in `visitors`
 
 template <class V> inline int lane_groups(int64_t rows) { return int((rows + V::L - 1) / V::L); }
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// The largest number of lanes that any unit of at most `rows` rows has, whatever the vector's width.
-inline int64_t most_lanes(const infllm2_shape *s, int64_t rows = MOST_ROWS) { return round_up(s->group > rows ? s->group : rows, 16); }
+// The largest number of lanes any unit has, whatever the vector's width.
+inline int64_t most_lanes(const infllm2_shape *s) { return round_up(s->group > MOST_ROWS ? s->group : MOST_ROWS, 16); }
 
 // Bytes a thread, for blocks of `block_size` keys.
-inline int64_t attend_work(const infllm2_shape *s, int64_t block_size, int64_t rows = MOST_ROWS) {
-    const int64_t lanes = most_lanes(s, rows);
-    return 4 * (lanes * (2 * s->dim + 3) + 2 * (TILE + 1) * 16 + 2 * TILE * s->dim) + 16 * (s->keys / block_size + 1) + 1024;
+inline int64_t attend_work(const infllm2_shape *s, int64_t block_size) {
+    const int64_t lanes = most_lanes(s);
+    return 4 * (lanes * (2 * s->dim + 4) + 2 * (TILE + 1) * 16 + 2 * TILE * s->dim) + 16 * (s->keys / block_size + 1) + 1024;
 }
 
-inline Rows rows_in(char *work, const infllm2_shape *s, int64_t rows = MOST_ROWS) {
-    const int64_t lanes = most_lanes(s, rows), dim = s->dim;
+inline Rows rows_in(char *work, const infllm2_shape *s) {
+    const int64_t lanes = most_lanes(s), dim = s->dim;
     float *p = reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(work) + 63) & ~uintptr_t(63));
     Rows r;
     r.q = p, p += lanes * dim;
@@ -49,22 +50,25 @@ inline Rows rows_in(char *work, const infllm2_shape *s, int64_t rows = MOST_ROWS
     r.top = p, p += lanes;
     r.sum = p, p += lanes;
     r.visible = reinterpret_cast<int32_t *>(p), p += lanes;
+    r.active = reinterpret_cast<int32_t *>(p), p += lanes;
     r.visitors = reinterpret_cast<uint64_t(*)[2]>(p);
     return r;
 }
 
-// One tile of n keys for G lane groups. visible: how many of them each lane sees; null if all do.
+// One tile of n keys for G lane groups, `group` and the one `apart` groups further. visible: how many of the keys each
+// lane sees; null if all do.
 template <class Format, int G>
-inline void update(const float *q, int depth, int dim, float scale, const Tile<typename Format::Dot::Unit> &keys,
-                   const Tile<typename Format::Dot::Unit> &values, int n, const int32_t *visible, float *out,
-                   float *top, float *sum, float *s, const char *next_keys, const char *next_values) {
+inline void update(const Rows &r, ptrdiff_t group, ptrdiff_t apart, int depth, int dim, float scale, const Tile<typename Format::Dot::Unit> &keys,
+                   const Tile<typename Format::Dot::Unit> &values, int n, const int32_t *visible, const char *next_keys, const char *next_values) {
     using V = typename Format::Lanes;
     using T = typename V::T;
     constexpr int L = V::L, GROUP = TILE * L;
-    scores<Format, G>(keys, n, q, ptrdiff_t(depth) * L, depth, s, next_keys);
+    const ptrdiff_t q_size = ptrdiff_t(depth) * L, out_size = ptrdiff_t(dim) * L;
+    float *s = r.scores;
+    scores<Format, G>(keys, n, r.q + group * q_size, apart * q_size, depth, s, next_keys);
     const T factor = V::set(scale), never = V::set(-INFINITY);
     for (int g = 0; g < G; ++g) {
-        float *x = s + g * GROUP;
+        float *x = s + g * GROUP, *top = r.top + (group + g * apart) * L, *sum = r.sum + (group + g * apart) * L;
         T best = never;
         for (int i = 0; i < n; ++i) {
             T value = V::load(x + i * L);
@@ -74,26 +78,26 @@ inline void update(const float *q, int depth, int dim, float scale, const Tile<t
             }
             best = V::max(value, best);
         }
-        const T before = V::load(top + g * L), now = V::max(before, V::mul(best, factor));
+        const T before = V::load(top), now = V::max(before, V::mul(best, factor));
         const T minus = V::mul(now, V::set(-1.f));
-        T total = V::load(sum + g * L);
+        T total = V::load(sum);
         if (V::any_greater(now, before)) {
             const T shrink = V::exp2(V::add(before, minus));
             total = V::mul(total, shrink);
-            float *o = out + ptrdiff_t(g) * dim * L;
+            float *o = r.out + (group + g * apart) * out_size;
             for (int d = 0; d < dim; ++d) V::store(o + d * L, V::mul(V::load(o + d * L), shrink));
-            V::store(top + g * L, now);
+            V::store(top, now);
         }
         for (int i = 0; i < n; ++i) {
             const T weight = V::template exp2<Format::EXP_DEGREE>(V::fma(V::load(x + i * L), factor, minus));
             total = V::add(total, weight);
             V::store(x + i * L, weight);
         }
-        V::store(sum + g * L, total);
+        V::store(sum, total);
         Format::pack_weights(x, n);
     }
     broadcast_gemm<V, typename Format::Dot, G, 1>(values.data, values.column, values.step, s, GROUP, Format::units(n),
-                                                  dim, out, ptrdiff_t(dim) * L, true, next_values);
+                                                  dim, r.out + group * out_size, apart * out_size, true, next_values);
 }
 
 // The rows of queries [first, first + tokens) of one batch row and key-value head.
@@ -106,8 +110,8 @@ template <class Format> struct Unit {
     int64_t batch, head, first, tokens;
     int rows, groups, depth, dim;
 
-    Unit(const infllm2_attend_args *args, char *work, int64_t b, int64_t h, int64_t t, int64_t count, int64_t most_rows = MOST_ROWS)
-        : a(args), r(rows_in(work, &args->shape, most_rows)), batch(b), head(h), first(t), tokens(count) {
+    Unit(const infllm2_attend_args *args, char *work, int64_t b, int64_t h, int64_t t, int64_t count)
+        : a(args), r(rows_in(work, &args->shape)), batch(b), head(h), first(t), tokens(count) {
         dim = int(a->shape.dim);
         depth = Format::units(dim);
         rows = int(tokens * a->shape.group);
@@ -129,11 +133,11 @@ template <class Format> struct Unit {
 
     // How many of the keys [start, start + n) each lane of group g sees, into `visible`; lowers *least and raises *most
     // to those of its real rows. Tokens whose bit is not set in `visitors` see none.
-    void count_seen(int g, int64_t start, int n, const uint64_t *visitors, int bit, int32_t *visible, int32_t *least, int32_t *most) const {
+    void count_seen(int g, int64_t start, int n, const uint64_t *visitors, int32_t *visible, int32_t *least, int32_t *most) const {
         for (int i = 0, row = g * L; i < L; ++i, ++row) {
             int64_t seen = row < rows ? position(row) + 1 - start : 0;
             if (visitors && row < rows) {
-                const int token = bit + row / int(a->shape.group);
+                const int token = row / int(a->shape.group);
                 if (!(visitors[token >> 6] >> (token & 63) & 1)) seen = 0;
             }
             visible[i] = int32_t(seen < 0 ? 0 : (seen > n ? n : seen));
@@ -142,40 +146,56 @@ template <class Format> struct Unit {
         }
     }
 
+    // Lane groups that can see a key from `start` on, and hold a token whose bit is set in `visitors` (null: any), into
+    // r.active; returns their number.
+    int find_active(int64_t start, const uint64_t *visitors) const {
+        const int heads = int(a->shape.group);
+        int count = 0;
+        for (int g = 0; g < groups; ++g) {
+            const int last_row = (g + 1) * L < rows ? (g + 1) * L - 1 : rows - 1, token = g * L / heads;
+            if (position(last_row) >= start && (!visitors || any_of(visitors, token, last_row / heads - token + 1))) r.active[count++] = g;
+        }
+        return count;
+    }
+
     // Keys [start, start + n); `next` begins the tile after it, -1 if there is none. Of the tokens only those whose
-    // bits (from `bit` on) are set in `visitors` attend; all do if it is null.
-    void visit(int64_t start, int n, int64_t next, const uint64_t *visitors = nullptr, int bit = 0) {
+    // bits are set in `visitors` attend; all do if it is null.
+    void visit(int64_t start, int n, int64_t next, const uint64_t *visitors = nullptr) {
         const Source *k = static_cast<const Source *>(a->k.data) + batch * a->k.batch + head * a->k.head + start * a->k.row;
         const Source *v = static_cast<const Source *>(a->v.data) + batch * a->v.batch + head * a->v.head + start * a->v.row;
         const auto keys = Format::keys(k, a->k.row, n, dim, r.key_scratch);
         const auto values = Format::values(v, a->v.row, n, dim, r.value_scratch);
-        const bool ahead = next >= 0 && groups == 1 && a->k.row == dim && a->v.row == dim;
+        const bool ahead = next >= 0 && a->k.row == dim && a->v.row == dim;
         const char *next_keys = ahead ? reinterpret_cast<const char *>(k + (next - start) * a->k.row) : nullptr;
         const char *next_values = ahead ? reinterpret_cast<const char *>(v + (next - start) * a->v.row) : nullptr;
-        for (int g = 0, step; g < groups; g += step) {
-            step = g + 2 <= groups ? 2 : 1;
+        const int count = find_active(start, visitors);
+        for (int i = 0, step; i < count; i += step) {
+            step = i + 2 <= count ? 2 : 1;
+            const int g = r.active[i], apart = r.active[i + step - 1] - g;
             int32_t least = n, most = 0;
-            for (int i = 0; i < step; ++i) count_seen(g + i, start, n, visitors, bit, r.visible + i * L, &least, &most);
-            if (most == 0) continue;
+            for (int j = 0; j < step; ++j) count_seen(g + j * apart, start, n, visitors, r.visible + j * L, &least, &most);
             const int32_t *visible = least < n ? r.visible : nullptr;
-            const float *q = r.q + ptrdiff_t(g) * depth * L;
-            float *out = r.out + ptrdiff_t(g) * dim * L;
-            const float scale = a->scale * LOG2E;
             if (step == 2)
-                update<Format, 2>(q, depth, dim, scale, keys, values, n, visible, out, r.top + g * L, r.sum + g * L, r.scores, next_keys, next_values);
+                update<Format, 2>(r, g, apart, depth, dim, a->scale * LOG2E, keys, values, n, visible, next_keys, next_values);
             else
-                update<Format, 1>(q, depth, dim, scale, keys, values, n, visible, out, r.top + g * L, r.sum + g * L, r.scores, next_keys, next_values);
+                update<Format, 1>(r, g, apart, depth, dim, a->scale * LOG2E, keys, values, n, visible, next_keys, next_values);
+            next_keys = next_values = nullptr;
         }
     }
 
-    // The blocks that any of the tokens visits; `visitors` has their bits from `bit` on.
-    void visit_union(const uint64_t (*visitors)[2], int bit) {
+    // The blocks that any of the tokens visits.
+    void visit_union(const uint64_t (*visitors)[2]) {
         const int64_t end = position(rows - 1) + 1, blocks = (end + a->block_size - 1) / a->block_size;
-        for (int64_t m = 0; m < blocks; ++m) {
-            if (!any_of(visitors[m], bit, int(tokens))) continue;
+        const auto after = [&](int64_t m) {
+            for (++m; m < blocks && !(visitors[m][0] | visitors[m][1]);) ++m;
+            return m;
+        };
+        for (int64_t m = after(-1), later; m < blocks; m = later) {
+            later = after(m);
+            const int64_t next = a->block_size == TILE && (later + 1) * TILE <= end ? later * TILE : -1;
             int64_t start = m * a->block_size, stop = start + a->block_size;
             for (stop = stop < end ? stop : end; start < stop; start += TILE)
-                visit(start, int(stop - start < TILE ? stop - start : TILE), -1, visitors[m], bit);
+                visit(start, int(stop - start < TILE ? stop - start : TILE), next, visitors[m]);
         }
     }
 

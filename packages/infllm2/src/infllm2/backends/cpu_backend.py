@@ -28,6 +28,10 @@ from infllm2.backends.cpu_library import (
 from infllm2.config import InfLLMv2Config
 
 
+# Rows (tokens × heads of a group) that are done together; `MOST_ROWS` of `csrc/rows.hpp`.
+ROWS = 512
+
+
 class CpuBackend:
     """See `infllm2.backends.Backend`."""
 
@@ -149,9 +153,9 @@ def _library() -> Kernels:
     return library
 
 
-def _tile(pairs: int, queries: int, group: int, threads: int, rows: int = 128) -> int:
-    """Tokens done together: `rows` rows, or fewer where threads would have nothing to do."""
-    tile = max(1, min(rows // group, 128, queries))
+def _tile(pairs: int, queries: int, group: int, threads: int) -> int:
+    """Tokens done together: 512 rows, or fewer where threads would have nothing to do."""
+    tile = max(1, min(ROWS // group, 128, queries))
     while tile > 1 and pairs * -(-queries // tile) < 4 * threads:
         tile //= 2
     return tile
@@ -238,7 +242,7 @@ def _backward(
         *shape, *strided(q), *strided(k), *strided(v),
         None if blocks is None else blocks.data_ptr(), 0 if blocks is None else blocks.shape[3],
         None, None, library.scratch(threads * size), size, None, 1,
-        _tile(B * K, T, H // K, threads, 512), block_size, scale,
+        _tile(B * K, T, H // K, threads), block_size, scale,
         *strided(grad), lse.data_ptr(), delta.data_ptr(), dq.data_ptr(), dk.data_ptr(),
         dv.data_ptr(), gradients.data_ptr(), slots,
     )  # fmt: skip
