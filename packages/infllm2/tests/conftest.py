@@ -1,13 +1,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from infllm2 import InfLLMv2Config
+
+# The checks of the Triton kernels lie beside this file; the interpreter's process imports them too.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,6 +32,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Callable[..., Any]]:
+    """Runs a check of the Triton kernels in the process that has Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    import triton_checks
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, triton_checks.start_interpreter) as pool:
+        yield lambda check, *args: pool.submit(check, "cpu", *args).result()
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def run(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Runs a check of the Triton kernels: in the interpreter, and compiled if there is a GPU."""
+    if request.param == "interpreter":
+        return request.getfixturevalue("interpreter")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return lambda check, *args: check("cuda", *args)
 
 
 @pytest.fixture

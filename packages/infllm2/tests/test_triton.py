@@ -6,43 +6,16 @@ does. Tests marked gpu are the same checks, compiled.
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-
-# The checks lie beside this file, and the interpreter's process imports them too.
-sys.path.insert(0, str(Path(__file__).parent))
 import triton_checks
 from triton_checks import Case
 
-pytest.importorskip("triton", reason="triton is not installed")
-
 BF16, FP16 = torch.bfloat16, torch.float16
 Run = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Run]:
-    """Runs a check in the process that has the interpreter."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, triton_checks.start_interpreter) as pool:
-        yield lambda check, *args: pool.submit(check, "cpu", *args).result()
-
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def run(request: pytest.FixtureRequest) -> Run:
-    if request.param == "interpreter":
-        return request.getfixturevalue("interpreter")
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    return lambda check, *args: check("cuda", *args)
-
 
 SELECTION = {
     "G 1": Case(130, 130, 1, 16),
@@ -58,7 +31,13 @@ SELECTION = {
         400, 50, 2, 16, K=1, config={"block_size": 72, "window_size": 72, "topk": 2}
     ),
     "blocks of a stride": Case(
-        90, 90, 2, 16, K=1, config={"block_size": 4, "window_size": 12, "topk": 5}
+        70, 70, 2, 16, K=1, config={"block_size": 4, "window_size": 4, "topk": 3}
+    ),
+    "several steps of blocks": Case(
+        285, 25, 16, 16, sharp=4, config={"block_size": 4, "window_size": 12, "topk": 40}
+    ),
+    "several steps of kernels, exact": Case(
+        285, 9, 3, 16, sharp=4, config={"block_size": 4, "topk": 30, "lse": "exact"}
     ),
     "decoding": Case(333, 1, 16, 64),
     "decoding, strided": Case(200, 3, 3, 16, B=2, dtype=BF16, strided=True),

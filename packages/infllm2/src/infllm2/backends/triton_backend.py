@@ -1,9 +1,10 @@
 """The Triton kernels for NVIDIA GPUs (sm80 and later), offered as a backend.
 
 Selection, prefill, split-KV decoding and a deterministic backward, for float32, bfloat16 and
-float16, any group size and head size. Verified in Triton's interpreter on a CPU against the
-reference, and compiled for sm80 and sm90; not run on a GPU by us, so neither speed nor the
-behaviour of a real GPU was measured, and the tile sizes (`triton_launch`) are not tuned.
+float16, and any group and head size that fits into shared memory. Verified in Triton's interpreter
+on a CPU against the reference, and compiled for sm80 and sm90; not run on a GPU by us, so neither
+speed nor the behaviour of a real GPU was measured, and the tile sizes (`triton_launch`) are not
+tuned.
 
 Both steps are custom operators, opaque to `torch.compile`, with shapes and gradients declared.
 Triton is imported when they first run.
@@ -22,6 +23,7 @@ from torch import Tensor
 from infllm2.backends import Inputs
 from infllm2.backends.triton_launch import (
     attention_tiles,
+    is_roomy,
     on_device,
     power_of_two,
     splits,
@@ -29,6 +31,9 @@ from infllm2.backends.triton_launch import (
 from infllm2.config import InfLLMv2Config
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# One token's queries of one group, padded to powers of two; with more, tiles do not fit into the
+# shared memory of every GPU.
+QUERY_BYTES = 16 << 10
 
 
 class TritonBackend:
@@ -40,6 +45,12 @@ class TritonBackend:
             return False, f"dtype must be one of {DTYPES}, got {inputs.dtype}"
         if inputs.head_dim > 256:
             return False, f"the head size must be at most 256, got {inputs.head_dim}"
+        size = power_of_two(inputs.heads // inputs.kv_heads) * power_of_two(inputs.head_dim)
+        if size * inputs.dtype.itemsize > QUERY_BYTES:
+            return False, (
+                f"{inputs.heads // inputs.kv_heads} heads of {inputs.head_dim} {inputs.dtype} in a "
+                f"group are more than the {QUERY_BYTES >> 10} KiB that one program holds"
+            )
         if inputs.device == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
             return False, "it runs on GPUs (on a CPU only for tests, with TRITON_INTERPRET=1)"
         if inputs.device not in ("cpu", "cuda"):
@@ -144,7 +155,7 @@ def _attend_backward(
     from infllm2.backends import triton_backward
 
     G, D = q.shape[1] // k.shape[1], q.shape[3]
-    tiles = attention_tiles(G, D, block_size, q.dtype, backward=True)
+    tiles = attention_tiles(G, D, block_size, q.dtype, backward=True, roomy=is_roomy(q))
     with on_device(q):
         return triton_backward.backward(
             q, k, v, _lists(blocks), out, lse, grad, grad_lse,

@@ -102,8 +102,7 @@ def forward_kernel(
         # and this row's alone.
         now = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(tl.abs(now) < float("inf"), now, 0.0)
-        old = tl.where(tl.abs(top) < float("inf"), top, shift)
-        shrink = tl.exp2(old - shift)
+        shrink = tl.exp2(top - shift)
         weights = tl.exp2(logits - shift[:, None])
         total = total * shrink + tl.sum(weights, 1)
         values = tl.load(

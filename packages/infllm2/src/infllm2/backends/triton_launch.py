@@ -1,10 +1,10 @@
 """How the Triton kernels are cut into programs: the one place to tune, and what all launches share.
 
 No import of Triton here. None of these sizes was timed by us, as no GPU was at hand; they are what
-fits: compiled for sm80 and sm90 with head sizes up to 128 no kernel spills registers, and none asks
-for more shared memory than there is. To tune on a GPU, change one value at a time below, rerun the
-tests (any powers of two are correct, `keys`, `tokens`·`group` and `dim` at least 16), and time
-prefill at 32K–128K, decoding and backward.
+fits: compiled for sm80 and sm90 in 16-bit formats with head sizes of 64 and 128, no kernel spills
+registers, and none asks for more shared memory than there is (99 KiB before sm90). To tune on a
+GPU, change one value at a time below, rerun the tests (any powers of two are correct, `keys`,
+`tokens`·`group` and `dim` at least 16, `tokens` at most 32), and time it: `make gpu`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def attention_tiles(
     *,
     tokens: int | None = None,
     backward: bool = False,
+    roomy: bool = True,
 ) -> Tiles:
     """Sizes for attention, forward and backward.
 
@@ -67,34 +68,58 @@ def attention_tiles(
             the matrix units, at the price of products that are masked away where the tokens
             differ.
         backward: for the backward kernels, which hold twice as many sums.
+        roomy: what `is_roomy` says of the GPU.
     """
-    wide = D > 128
     # The merged lists keep one bit of an int32 for each token of a tile.
-    group, tokens = _rows(G, tokens, min(ROWS // 2 if wide else ROWS, 32 * power_of_two(G)))
+    group, tokens = _rows(G, tokens, min(_most_rows(D, dtype), 32 * power_of_two(G)))
     dim = max(16, power_of_two(D))
-    large = tokens * group * dim > ROWS * 128
+    keys = _keys(D, dtype)
+    if backward and not roomy and D < 128:
+        keys = min(keys, 32)
     return Tiles(
         tokens=tokens,
         group=group,
         dim=dim,
-        keys=min(_keys(D, dtype), max(16, power_of_two(block_size))),
-        warps=8 if large or backward else 4,
+        keys=min(keys, max(16, power_of_two(block_size))),
+        warps=8 if backward else _warps(tokens * group * dim, dtype),
         # Two would load a step's keys only when the step before has done with its own.
-        stages=2 if wide and dtype == torch.float32 else 3,
+        stages=3 if (roomy or not backward) and D <= 128 else 2,
     )
 
 
 def selection_tiles(G: int, D: int, T: int, dtype: torch.dtype) -> Tiles:
     """Sizes for scoring compressed keys: as attention, `keys` counting kernels (or blocks)."""
-    group, tokens = _rows(G, min(power_of_two(T), ROWS), ROWS)
+    group, tokens = _rows(G, min(power_of_two(T), ROWS), _most_rows(D, dtype))
     dim = max(16, power_of_two(D))
-    warps = 8 if tokens * group * dim > ROWS * 128 else 4
-    return Tiles(tokens, group, dim, _keys(D, dtype), warps, 3)
+    warps = _warps(tokens * group * dim, dtype)
+    return Tiles(tokens, group, dim, _keys(D, dtype), warps, 3 if D <= 128 else 2)
+
+
+def is_roomy(x: Tensor) -> bool:
+    """Whether x's GPU has matrix units that read shared memory, and over 200 KiB of that a program
+    (sm90, sm100); the others need smaller tiles in backward. What is no GPU counts as roomy."""
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+
+
+# float32 without rounding has no matrix units: operands stand in registers, which few rows leave
+# room for.
+
+
+def _most_rows(D: int, dtype: torch.dtype) -> int:
+    """Rows of a program."""
+    return ROWS // (1 if D <= 128 else 2) // (2 if dtype == torch.float32 else 1)
 
 
 def _keys(D: int, dtype: torch.dtype) -> int:
-    """Keys of a step: about 16 KiB of them."""
-    return 32 if D > 128 or dtype == torch.float32 else 64
+    """Keys of a step: 16 KiB of them at most."""
+    if dtype == torch.float32:
+        return 16
+    return 64 if D <= 128 else 32
+
+
+def _warps(numbers: int, dtype: torch.dtype) -> int:
+    """For tiles of queries with so many numbers."""
+    return 8 if dtype == torch.float32 or numbers > ROWS * 128 else 4
 
 
 def _rows(G: int, tokens: int | None, most: int) -> tuple[int, int]:

@@ -50,8 +50,7 @@ def lse_of(
         logits = tl.where(visible, logits, float("-inf"))
         now = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(tl.abs(now) < float("inf"), now, 0.0)
-        old = tl.where(tl.abs(top) < float("inf"), top, shift)
-        total = total * tl.exp2(old - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
+        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
         top = now
     return tl.where(tl.abs(top) < float("inf"), top, 0.0) + tl.log2(total)
 
