@@ -94,6 +94,17 @@ struct Ymm {
         const __m256i below = _mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i *)bound), _mm256_set1_epi32(index));
         return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(below));
     }
+#if defined(__AVX512VL__)
+    template <int DEGREE = 6> static T exp2(T a) {
+        a = max(set(-200.f), a);
+        const T n = _mm256_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const T f = _mm256_sub_ps(a, n);
+        T p = set(EXP2[DEGREE]);
+#pragma GCC unroll 6
+        for (int i = DEGREE - 1; i >= 0; --i) p = fma(p, f, set(EXP2[i]));
+        return _mm256_scalef_ps(p, n);
+    }
+#else
     template <int DEGREE = 6> static T exp2(T a) {
         a = max(set(-126.f), a);  // below, flush to the smallest normal number, which then rounds away
         const T n = _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -113,6 +124,7 @@ struct Ymm {
         const T tiny = _mm256_cmp_ps(a, set(-125.5f), _CMP_LT_OQ), odd = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
         return _mm256_blendv_ps(_mm256_andnot_ps(tiny, value), a, odd);
     }
+#endif
     static void transpose(const float *x, float *out) {
         T a[8], b[8];
 #pragma GCC unroll 8
