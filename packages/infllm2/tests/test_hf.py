@@ -180,6 +180,19 @@ def test_gradients_reach_every_layer(llama: transformers.PreTrainedModel) -> Non
         torch.testing.assert_close(got, dense, rtol=1e-3, atol=1e-5)
 
 
+def test_training_under_autocast(llama: transformers.PreTrainedModel) -> None:
+    """Rotary embedding leaves q and k in float32 there, and v in bfloat16."""
+    prompt = ids(2, 120)
+    found = []
+    for context in (traced_dense(llama), sparse(llama, COVERS)):
+        llama.zero_grad()
+        with context, torch.autocast("cpu", torch.bfloat16):
+            loss = llama(prompt, labels=prompt, use_cache=False).loss
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in llama.parameters()]))
+    assert (found[1] - found[0]).norm() < 0.02 * found[0].norm()
+
+
 @torch.no_grad()
 def test_trace_counts_what_the_configuration_implies(small: InfLLMv2Config) -> None:
     model, prompt = tiny("llama-gqa3"), ids(2, 150)

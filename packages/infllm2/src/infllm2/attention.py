@@ -14,6 +14,7 @@ from infllm2.compression import CompressedKeys
 from infllm2.config import InfLLMv2Config
 from infllm2.layer_cache import LayerCache
 from infllm2.selection import blocks_of, compressed
+from infllm2.switch import dense_below
 
 # (q [B, Hq, T, D], k [B, Hkv, S, D], config) -> blocks, as `select_blocks` gives them.
 Select = Callable[[Tensor, Tensor, InfLLMv2Config], Tensor]
@@ -83,7 +84,7 @@ def infllmv2_attention(
         v: values, of k's shape.
         config: sizes and budget. The switch looks at the keys of this call, as MiniCPM4's does:
             early chunks of a long prompt may be dense where the whole prompt at once is sparse.
-            `dense_len=-1` avoids it.
+            `dense_len=-1` avoids it, `dense_len="auto"` measures where sparse attention pays.
         cache: keys, values and compressed keys of the tokens before. q, k and v are then of the new
             tokens alone, `[B, ·, T, D]`; they are appended. No gradient flows through a cache.
         cu_seqlens: int32 or int64 `[n + 1]`, ascending from 0: packed sequences. Batch is 1;
@@ -111,8 +112,7 @@ def infllmv2_attention(
                 f"and {k.shape[2]} keys"
             )
         k, v = cache.update(k, v)
-        if k.shape[2] >= config.dense_len:
-            keys = cache.compressed()
+        keys = cache.compressed
     return attend(q, k, v, config, keys=keys, unrotated=unrotated, backend=backend)[0]
 
 
@@ -122,25 +122,29 @@ def attend(
     v: Tensor,
     config: InfLLMv2Config,
     *,
-    keys: CompressedKeys | None = None,
+    keys: Callable[[], CompressedKeys] | None = None,
     unrotated: tuple[Tensor, Tensor] | None = None,
     select: Select | None = None,
+    list_blocks: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """As `infllmv2_attention`, with the visited blocks, `None` where attention was dense.
 
-    `keys`: compressed keys of k, where they are known already. `select`: chooses the blocks in
-    place of InfLLM v2's own scores.
+    `keys`: gives the compressed keys of k, where a cache has them; called if they are needed.
+    `select`: chooses the blocks in place of InfLLM v2's own scores. `list_blocks`: do so also where
+    all are visited and dense attention gives the same.
     """
     check_qk(q, k)
     check_kv(k, v)
     scale = q.shape[-1] ** -0.5
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     chosen = backends.choose(backend, backends.Inputs.of(q, k))
-    if k.shape[2] < config.dense_len:
-        if not training and hasattr(chosen, "dense"):
-            return chosen.dense(q, k, v, scale), None
-        return dense_attention(q, k, v), None
+    own_dense = hasattr(chosen, "dense")
+    all_visited = k.shape[2] <= config.budget * config.block_size and select is None
+    if k.shape[2] < dense_below(config, q, k, backend):
+        return (chosen.dense(q, k, v, scale) if own_dense else dense_attention(q, k, v)), None
+    if own_dense and all_visited and not list_blocks:
+        return chosen.dense(q, k, v, scale), None
     if select is not None:
         blocks = select(q, k, config)
         check_blocks(q, k, blocks, config.block_size)
@@ -148,8 +152,8 @@ def attend(
         return out, blocks
     plain = not config.use_nope and config.compat is None
     if plain and not training and hasattr(chosen, "run"):
-        keys = compressed(k, config) if keys is None else keys
-        return chosen.run(q, k, v, keys.fine, keys.coarse, config, scale)
+        known = compressed(k, config) if keys is None else keys()
+        return chosen.run(q, k, v, known.fine, known.coarse, config, scale)
     scored_q, scored_k = q, k
     if config.use_nope:
         if unrotated is None or keys is not None:
@@ -158,7 +162,8 @@ def attend(
                 "unrotated=(q, k), without a cache"
             )
         scored_q, scored_k = unrotated
-    blocks = blocks_of(scored_q, scored_k, config, keys=keys, backend=backend)
+    known = None if keys is None else keys()
+    blocks = blocks_of(scored_q, scored_k, config, keys=known, backend=backend)
     out, _ = chosen.attend(q, k, v, blocks, block_size=config.block_size, scale=scale)
     return out, blocks
 

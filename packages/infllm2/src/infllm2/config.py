@@ -36,7 +36,9 @@ class InfLLMv2Config:
         init_blocks: blocks at the start of the sequence that every token visits; 0 … `topk`.
         window_size: length of the local window in tokens; a positive multiple of `block_size`.
         topk: blocks visited besides the window, initial blocks included; at least 1.
-        dense_len: sequences shorter than this many keys use dense attention; −1: never.
+        dense_len: sequences shorter than this many keys use dense attention; −1: never; "auto":
+            from where on sparse attention is the faster one on this machine, measured at the first
+            call with a shape (`infllm2.switch`, about a second).
         use_nope: score with keys and queries before rotary embedding, which the caller passes.
         lse: normalise scores by the log-sum-exp over the coarse kernels ("approx", a quarter of the
             work, section 3.3) or over the fine ones ("exact").
@@ -54,7 +56,7 @@ class InfLLMv2Config:
     init_blocks: int = 1
     window_size: int = 2048
     topk: int = 64
-    dense_len: int = 8192
+    dense_len: int | Literal["auto"] = 8192
     use_nope: bool = False
     lse: Literal["approx", "exact"] = "approx"
     compat: Literal["official"] | None = None
@@ -63,7 +65,8 @@ class InfLLMv2Config:
         for name in ("kernel_size", "kernel_stride", "block_size", "window_size", "topk"):
             _check_int(name, getattr(self, name), least=1)
         _check_int("init_blocks", self.init_blocks, least=0)
-        _check_int("dense_len", self.dense_len, least=-1)
+        if self.dense_len != "auto":
+            _check_int("dense_len", self.dense_len, least=-1, also=' or "auto"')
         for name, divisor in (
             ("kernel_size", "kernel_stride"),
             ("block_size", "kernel_stride"),
@@ -128,6 +131,6 @@ class InfLLMv2Config:
         return cls(**entry)
 
 
-def _check_int(name: str, value: object, *, least: int) -> None:
+def _check_int(name: str, value: object, *, least: int, also: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least {least}{also}, got {value!r}")

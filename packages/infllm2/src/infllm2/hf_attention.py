@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,6 +81,10 @@ def sparse_forward(
     session = _session(module)
     config = session.config or _config_of(module)
     _check_call(key, attention_mask, dropout, kwargs)
+    if torch.is_autocast_enabled(query.device.type):
+        # As PyTorch's own attention does: rotary embedding has widened q and k, but not v.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     T, D = query.shape[2:]
     # Both steps scale by 1/√D; what a model wants beyond that goes into the queries.
     if scaling is not None and abs(scaling * D**0.5 - 1) > 1e-6:
@@ -87,8 +92,8 @@ def sparse_forward(
 
     def run() -> tuple[Tensor, list[tuple[int, int, int, Tensor | None]]]:
         if attention_mask is None:
-            keys = _cached(key, config)
-            known = keys.compressed() if keys is not None else None
+            cache = _cached(key, config)
+            known = cache.compressed if cache is not None else None
             out, blocks = attend(
                 query,
                 key,
@@ -96,6 +101,7 @@ def sparse_forward(
                 config,
                 keys=known,
                 select=session.select,
+                list_blocks=session.trace.keep_blocks,
                 backend=session.backend,
             )
             parts = [(query.shape[0], key.shape[2] - T, key.shape[2], blocks)]
@@ -139,7 +145,7 @@ def _ragged(
         known = None
         if cache is not None:
             whole = len(members) == k.shape[0]
-            known = cache.compressed(start, end, None if whole else tuple(members))
+            known = partial(cache.compressed, start, end, None if whole else tuple(members))
         part, blocks = attend(
             q[pick, :, at],
             k[pick, :, keys],
@@ -147,6 +153,7 @@ def _ragged(
             config,
             keys=known,
             select=session.select,
+            list_blocks=session.trace.keep_blocks,
             backend=session.backend,
         )
         out[pick, :, at] = part
@@ -157,7 +164,7 @@ def _ragged(
 def _cached(key: Tensor, config: InfLLMv2Config) -> LayerCache | None:
     """The layer's `SparseCache`, found by the tensor it returned; None if the cache is another."""
     cache: LayerCache | None = getattr(key, "infllm2_cache", None)
-    if cache is None or key.shape[2] < config.dense_len:
+    if cache is None:
         return None
     sizes = ("kernel_size", "kernel_stride", "block_size", "budget")
     theirs, ours = ([getattr(c, name) for name in sizes] for c in (cache.config, config))

@@ -136,13 +136,17 @@ class Trace:
 
 def timed(function: Callable[[], object], device: torch.device) -> tuple[object, float]:
     """Run a function and return its result and seconds; waits for a GPU on both sides."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     result = function()
+    synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was given to do; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
 
 
 def causal_blocks(first: int, last: int, block_size: int) -> int:

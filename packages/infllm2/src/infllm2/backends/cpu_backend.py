@@ -27,7 +27,6 @@ from infllm2.backends.cpu_library import (
 )
 from infllm2.config import InfLLMv2Config
 
-
 # Rows (tokens × heads of a group) that are done together; `MOST_ROWS` of `csrc/rows.hpp`.
 ROWS = 512
 
