@@ -67,8 +67,9 @@ bench: setup $(addprefix bench-,$(BENCHES)) ## Run every benchmark against its p
 bench-%: setup ## Run one tool's benchmark, e.g. make bench-infllm2
 	$(BIN)/python benchmarks/$*.py
 
-gpu: setup ## Run the tests marked gpu (none yet: the first come with the Triton kernels)
-	$(BIN)/python -m pytest -q -m gpu || [ $$? -eq 5 ]
+gpu: setup ## Run the tests marked gpu, then time the GPU kernels (without a GPU both only say so)
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python benchmarks/infllm2_gpu.py
 
 wheels: setup ## Build a wheel of every tool into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist $(addprefix ./packages/,$(TOOLS))

@@ -80,7 +80,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def measure(case: Case, repeats: int = REPEATS) -> dict[str, Any]:
+def wall_seconds(call: Callable[[], Any]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(
+    case: Case,
+    repeats: int = REPEATS,
+    seconds_of: Callable[[Callable[[], Any]], float] = wall_seconds,
+) -> dict[str, Any]:
     """Gate, warm up, time in turn; a row in the format of docs/architecture.md.
 
     `ratio` is the median of the pairs' ratios, which drifts less than the ratio of the medians.
@@ -89,9 +100,7 @@ def measure(case: Case, repeats: int = REPEATS) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"ours": [], "peer": []}
     for _ in range(repeats):
         for side, call in (("ours", case.ours), ("peer", case.peer)):
-            start = time.perf_counter()
-            call()
-            seconds[side].append(time.perf_counter() - start)
+            seconds[side].append(seconds_of(call))
     ratios = [p / o for o, p in zip(seconds["ours"], seconds["peer"], strict=True)]
     ratio = statistics.median(ratios)
     row = {
