@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Case:
         check: raises AssertionError when the two results are not the same.
         bound: physical or theoretical limit in the same unit, where one is known.
         bar: smallest ratio that counts as passed, where one was set.
+        repeats: pairs that are timed.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Case:
     check: Callable[[Any, Any], None]
     bound: float | None = None
     bar: float | None = None
+    repeats: int = REPEATS
 
 
 def environment() -> dict[str, Any]:
@@ -88,9 +90,7 @@ def wall_seconds(call: Callable[[], Any]) -> float:
 
 
 def measure(
-    case: Case,
-    repeats: int = REPEATS,
-    seconds_of: Callable[[Callable[[], Any]], float] = wall_seconds,
+    case: Case, seconds_of: Callable[[Callable[[], Any]], float] = wall_seconds
 ) -> dict[str, Any]:
     """Gate, warm up, time in turn; a row in the format of docs/architecture.md.
 
@@ -98,7 +98,7 @@ def measure(
     """
     case.check(case.ours(), case.peer())
     seconds: dict[str, list[float]] = {"ours": [], "peer": []}
-    for _ in range(repeats):
+    for _ in range(case.repeats):
         for side, call in (("ours", case.ours), ("peer", case.peer)):
             seconds[side].append(seconds_of(call))
     ratios = [p / o for o, p in zip(seconds["ours"], seconds["peer"], strict=True)]
@@ -118,20 +118,25 @@ def measure(
     return row
 
 
-def main(tool: str, cases: Sequence[Case]) -> None:
-    """Measure all cases, print a table, write results/<tool>.json, print that JSON last."""
-    rows = []
-    print(f"{'case':<52} {'ours':>12} {'peer':>12} {'ratio':>7}  unit, peer")
+def main(tool: str, cases: Iterable[Case]) -> None:
+    """Measure all cases, print a table, write results/<tool>.json, print that JSON last.
+
+    Args:
+        tool: name of the results' file.
+        cases: may be a generator, so that what one case holds in memory is free for the next.
+    """
+    result: dict[str, Any] = {"tool": tool, "env": environment(), "rows": []}
+    RESULTS.mkdir(exist_ok=True)
+    print(f"{'case':<64} {'ours':>12} {'peer':>12} {'ratio':>7}  unit, peer")
     for case in cases:
         row = measure(case)
-        rows.append(row)
+        result["rows"].append(row)
+        missed = "" if row["pass"] in (None, True) else f", BAR {row['bar']:.2f} MISSED"
         print(
-            f"{row['name']:<52} {row['ours']:>12,.1f} {row['peer']:>12,.1f} {row['ratio']:>6.2f}×  "
-            f"{row['unit']}, {row['peer_name']}",
+            f"{row['name']:<64} {row['ours']:>12,.1f} {row['peer']:>12,.1f} {row['ratio']:>6.2f}×  "
+            f"{row['unit']}, {row['peer_name']}{missed}",
             flush=True,
         )
-    result = {"tool": tool, "env": environment(), "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
     text = json.dumps(result)
     (RESULTS / f"{tool}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(text)
