@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -70,6 +71,32 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert bad.stderr.count("\n") == 1
     missing = console("visualize", str(tmp_path / "no"), "--prompt-file", "x", "-o", "y.png")
     assert missing.returncode == 2 and "does not exist" in missing.stderr
+
+
+def test_bench_times_both_calls_and_finds_the_switch() -> None:
+    options = ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--repeats", "1"]
+    options += ["--window-size", "128", "--topk", "2", "--piece", "32", "--dtype", "float32"]
+    output = run("bench", "--tokens", "300", "--tokens", "900", *options)
+    last = json.loads(output.strip().splitlines()[-1])
+    calls = [(r["tokens"], r["kind"], r["queries"]) for r in last["rows"]]
+    assert calls == [
+        (300, "decode", 1), (300, "prefill", 32), (900, "decode", 1), (900, "prefill", 32)
+    ]  # fmt: skip
+    assert all(r[n] > 0 for r in last["rows"] for n in ("selection", "sparse", "dense", "torch"))
+    assert 4 * 64 <= last["dense_len"] <= 6 * 4 * 64
+    bad = CliRunner().invoke(app, ["bench", "--dtype", "int8"])
+    assert "--dtype must be one of bfloat16, float32, float16" in str(bad.exception)
+    bad = CliRunner().invoke(app, ["bench", "--heads", "5"])
+    assert "heads must be a multiple of kv_heads, got 5 and 2" in str(bad.exception)
+
+
+def test_explain_expects_times_where_it_knows_the_machine() -> None:
+    # 1,000 tokens, one head of 100: 400 bytes a token are 0.4 ms at 1 GB/s.
+    sizes = ["--tokens", "1000", "--heads", "1", "--kv-heads", "1", "--head-dim", "100"]
+    output = run("explain", *sizes, "--bandwidth", "1", "--compute", "100")
+    assert "0.4 ms" in output and "prefill, expected" in output
+    bad = CliRunner().invoke(app, ["explain", "--bandwidth", "-1"])
+    assert "must be positive" in str(bad.exception)
 
 
 def test_visualize_draws_a_model_s_choice(tmp_path: Path) -> None:

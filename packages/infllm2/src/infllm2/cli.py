@@ -61,6 +61,8 @@ def explain(
     kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = 2,
     head_dim: Annotated[int, typer.Option(help="Size of one head.")] = 128,
     bytes_per_value: Annotated[int, typer.Option(help="Bytes of one cached number.")] = 2,
+    bandwidth: Annotated[float, typer.Option(help="Memory read, GB/s: adds expected times.")] = 0,
+    compute: Annotated[float, typer.Option(help="Matrix product, GFLOP/s: the same.")] = 0,
     kernel_size: Kernel = 32,
     kernel_stride: Stride = 16,
     block_size: Block = 64,
@@ -90,6 +92,10 @@ def explain(
         topk=topk,
         lse=lse,  # type: ignore[arg-type]  # checked by the configuration itself
     )
+    if bandwidth < 0 or compute < 0:
+        raise ValueError(
+            f"--bandwidth and --compute must be positive, got {bandwidth:g} and {compute:g}"
+        )
     c = costs(tokens, heads, kv_heads, head_dim, config, bytes_per_value=bytes_per_value)
     console = Console()
     console.print(
@@ -99,20 +105,89 @@ def explain(
         highlight=False,
     )
     table = Table("", "dense", "sparse: attention", "selection", "dense / sparse")
-    giga = [f"{x / 1e9:,.3g} GFLOP" for x in (c.dense_flops, c.sparse_flops, c.score_flops)]
+    flops = (c.dense_flops, c.sparse_flops, c.score_flops)
+    giga = [f"{x / 1e9:,.3g} GFLOP" for x in flops]
     table.add_row("prefill, operations", *giga, f"{c.prefill_speedup:.2f}×")
-    mega = (c.dense_decode_bytes, c.sparse_decode_bytes, c.score_decode_bytes)
+    read = (c.dense_decode_bytes, c.sparse_decode_bytes, c.score_decode_bytes)
     table.add_row(
-        "decode, bytes read", *(f"{x / 1e6:,.3g} MB" for x in mega), f"{c.decode_speedup:.2f}×"
+        "decode, bytes read", *(f"{x / 1e6:,.3g} MB" for x in read), f"{c.decode_speedup:.2f}×"
     )
+    if compute:
+        table.add_row("prefill, expected", *(f"{x / compute / 1e9:,.3g} s" for x in flops), "")
+    if bandwidth:
+        table.add_row("decode, expected", *(f"{x / bandwidth / 1e6:,.3g} ms" for x in read), "")
     console.print(table)
     console.print(
         f"Memory: cache {c.cache_bytes / 1e6:,.4g} MB, compressed keys "
         f"{c.compressed_bytes / 1e6:,.3g} MB ({c.compressed_bytes / c.cache_bytes:.1%}); scores of "
-        f"all queries at once would be {c.score_matrix_bytes / 1e6:,.4g} MB, which the torch "
-        "backend never holds.",
+        f"all queries at once would be {c.score_matrix_bytes / 1e6:,.4g} MB, which no backend but "
+        "the reference ever holds.",
         highlight=False,
     )
+
+
+@app.command()
+def bench(
+    tokens: Annotated[list[int] | None, typer.Option(help="Lengths; repeat it. [8K, 32K]")] = None,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = 2,
+    head_dim: Annotated[int, typer.Option(help="Size of one head.")] = 128,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    piece: Annotated[int, typer.Option(help="Tokens of a prefill call, the prompt's last.")] = 256,
+    backend: Annotated[str, typer.Option(help="auto, cpu, triton, torch or reference.")] = "auto",
+    repeats: Annotated[int, typer.Option(help="Calls of each kind; medians are shown.")] = 7,
+    window_size: Window = 2048,
+    topk: TopK = 64,
+    lse: Lse = "approx",
+) -> None:
+    """Time sparse and dense attention on this machine, and the length from which sparse pays.
+
+    The last line on standard output is the table as JSON.
+    """
+    import dataclasses
+    import json
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from infllm2.bench import bench as measure
+    from infllm2.config import InfLLMv2Config
+    from infllm2.switch import dense_below
+
+    kinds = {name: getattr(torch, name) for name in ("bfloat16", "float32", "float16")}
+    if dtype not in kinds:
+        raise ValueError(f"--dtype must be one of {', '.join(kinds)}, got {dtype!r}")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device must be cpu, or cuda where there is a GPU, got {device!r}")
+    config = InfLLMv2Config(
+        window_size=window_size,
+        topk=topk,
+        dense_len="auto",
+        lse=lse,  # type: ignore[arg-type]  # checked by the configuration itself
+    )
+    table = Table("keys", "call", "selection", "sparse", "dense", "torch", "vs dense", "vs torch")
+    console, rows = Console(stderr=True), []
+    for length in tokens or [8192, 32768]:
+        with console.status(f"{length:,} keys …"):
+            for r in measure(
+                length, heads, kv_heads, head_dim, config, dtype=kinds[dtype], device=device,
+                piece=piece, backend=backend, repeats=repeats,
+            ):  # fmt: skip
+                rows.append({"tokens": length, **dataclasses.asdict(r)})
+                table.add_row(
+                    f"{length:,}", f"{r.kind}, {r.queries} queries",
+                    *(f"{x * 1e3:,.3g} ms" for x in (r.selection, r.sparse, r.dense, r.torch)),
+                    f"{r.dense / r.sparse:.2f}×", f"{r.torch / r.sparse:.2f}×",
+                )  # fmt: skip
+    with console.status("from which length on sparse attention pays …"):
+        like = torch.empty(1, heads, 1, head_dim, dtype=kinds[dtype], device=device)
+        keys = like[:, :kv_heads].expand(-1, -1, config.budget * config.block_size, -1)
+        pays = dense_below(config, like, keys, backend)
+    Console().print(table)
+    print(f'dense_len="auto" switches at {pays:,} keys')
+    print(json.dumps({"dense_len": pays, "rows": rows}))
 
 
 @app.command()
