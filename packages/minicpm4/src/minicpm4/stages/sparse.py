@@ -135,6 +135,7 @@ def _answer(model, tokenizer, sample, sparse, config: SparseStageConfig) -> dict
             max_new_tokens=config.max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
+            past_key_values=None if sparse is None else infllm2.SparseCache(sparse),
         )
     text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     totals = trace.summary()
