@@ -39,7 +39,7 @@ class Settings:
     batch: int = 2
     steps: int = 250
     switch: int = 200
-    lr: float = 6e-3
+    lr: float = 1e-2
     warmup: int = 20
     decay: float = 0.2
     eval_every: int = 25
