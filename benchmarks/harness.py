@@ -118,12 +118,13 @@ def measure(
     return row
 
 
-def main(tool: str, cases: Iterable[Case]) -> None:
+def main(tool: str, cases: Iterable[Case], update: bool = False) -> None:
     """Measure all cases, print a table, write results/<tool>.json, print that JSON last.
 
     Args:
         tool: name of the results' file.
         cases: may be a generator, so that what one case holds in memory is free for the next.
+        update: keep the file's rows of other names, with the environment they were measured in.
     """
     result: dict[str, Any] = {"tool": tool, "env": environment(), "rows": []}
     RESULTS.mkdir(exist_ok=True)
@@ -137,7 +138,13 @@ def main(tool: str, cases: Iterable[Case]) -> None:
             f"{row['unit']}, {row['peer_name']}{missed}",
             flush=True,
         )
+    file = RESULTS / f"{tool}.json"
+    if update and file.exists():
+        names = {row["name"] for row in result["rows"]}
+        old = json.loads(file.read_text(encoding="utf-8"))
+        kept = [{"env": old["env"], **r} for r in old["rows"] if r["name"] not in names]
+        result["rows"] += kept
     text = json.dumps(result)
-    (RESULTS / f"{tool}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(text)
     sys.stdout.flush()

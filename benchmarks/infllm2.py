@@ -37,17 +37,21 @@ PREFILL_OWN = {32: 1.6, 64: 2.8, 128: 5}
 PREFILL_LIMIT = {32: 2.4, 64: 4.4, 128: 7.5}
 ROTATE = 192 << 20  # bytes of keys and values that take turns
 PIECE, PIECES = 256, 4
+STRIDE = SPARSE.kernel_stride
 FLEX = "FlexAttention compiled"
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Contexts:
-    """Caches of S tokens that take turns, and new tokens for them.
+    """Caches that take turns, and the new tokens they get.
+
+    With T = 1, one call decodes `STRIDE` tokens on each cache, in turn, as many as pass until the
+    next compressed key is complete; with more, it appends T tokens to one cache.
 
     Args:
         shape: query heads, key-value heads, head size.
         S: keys once the new tokens have come.
-        T: new tokens.
+        T: tokens of a step.
         dtype: of everything.
         rotate: bytes that take turns; 0 for a single cache.
     """
@@ -56,38 +60,42 @@ class Contexts:
         self, shape: tuple[int, int, int], S: int, T: int, dtype: torch.dtype, rotate: int = ROTATE
     ) -> None:
         H, K, D = shape
-        size = 2 * S * K * D * dtype.itemsize
+        self.steps = STRIDE if T == 1 else 1
+        self.before = S - self.steps * T
+        self.bytes = 2 * S * K * D * dtype.itemsize
         generator = torch.Generator().manual_seed(S)
-        self.q, self.k, self.v = (
-            torch.randn(1, h, T, D, generator=generator).to(dtype) for h in (H, K, K)
-        )
+
+        def random(heads: int, length: int) -> Tensor:
+            return torch.randn(1, heads, length, D, generator=generator).to(dtype)
+
+        self.q, self.k, self.v = random(H, T), random(K, T), random(K, T)
         self.caches = []
-        for _ in range(max(1, -(-rotate // size))):
+        for _ in range(max(1, -(-rotate // self.bytes))):
             cache = LayerCache(SPARSE)
-            cache.update(
-                *(torch.randn(1, K, S - T, D, generator=generator).to(dtype) for _ in range(2))
-            )
+            cache.update(random(K, self.before), random(K, self.before))
             cache.compressed()
-            cache.update(self.k, self.v)
-            cache.crop(S - T)
+            for _ in range(self.steps):  # room for the new tokens
+                cache.update(self.k, self.v)
+            cache.crop(self.before)
             self.caches.append(cache)
-        self.S, self.T, self.bytes = S, T, size
+        self.tokens = T if T > 1 else STRIDE * len(self.caches)
         self._turn = itertools.cycle(self.caches)
 
-    def attend(self, config: InfLLMv2Config) -> Tensor:
-        """Append, attend, and take the tokens back."""
-        cache = next(self._turn)
-        out = infllmv2_attention(self.q, self.k, self.v, config, cache=cache)
-        cache.crop(self.S - self.T)
-        return out
+    def _each(self, call: Callable[[LayerCache], Tensor]) -> None:
+        caches = self.caches if self.steps > 1 else [next(self._turn)]
+        for _ in range(self.steps):
+            for cache in caches:
+                call(cache)
+        for cache in caches:
+            cache.crop(self.before)
 
-    def user(self, way: Way) -> Tensor:
-        """Append, attend in a way PyTorch offers, and take the tokens back."""
-        cache = next(self._turn)
-        keys, values = cache.update(self.k, self.v)
-        out = way(self.q, keys, values)
-        cache.crop(self.S - self.T)
-        return out
+    def attend(self, config: InfLLMv2Config) -> None:
+        """Append and attend, by the tool."""
+        self._each(lambda c: infllmv2_attention(self.q, self.k, self.v, config, cache=c))
+
+    def user(self, way: Way) -> None:
+        """Append to the same cache and attend, in a way PyTorch offers."""
+        self._each(lambda c: way(self.q, *c.update(self.k, self.v)))
 
 
 def user_ways(T: int) -> dict[str, Way]:
@@ -151,7 +159,7 @@ def fastest(shape: tuple[int, int, int], S: int, T: int) -> tuple[str, Way, torc
                 continue
             try:
                 call = functools.partial(contexts.user, way)
-                seconds = min(timed(call) for _ in range(4 if T == 1 else 2))
+                seconds = min(timed(call) for _ in range(2))
             except Exception as error:  # noqa: BLE001  # a way that cannot run here is not the best
                 print(f"{name} does not run: {str(error).splitlines()[0][:100]}")
                 continue
@@ -176,12 +184,12 @@ def gate(contexts: Contexts) -> Callable[[object, object], None]:
     def check(ours: object, peer: object) -> None:
         cache = contexts.caches[0]
         keys, values = cache.update(contexts.k, contexts.v)
-        known, q = cache.compressed(), contexts.q[:, :, -1:]
+        length, known, q = cache.length, cache.compressed(), contexts.q[:, :, -1:]
         blocks = select_blocks(contexts.q, keys, SPARSE)[:, :, -1:]
         out = infllmv2_attention(contexts.q, keys, values, SPARSE)[:, :, -1:]
-        cache.crop(contexts.S - contexts.T)
+        cache.crop(contexts.before)
         wanted = reference.select_blocks(
-            q.double(), known.fine.double(), known.coarse.double(), contexts.S, SPARSE
+            q.double(), known.fine.double(), known.coarse.double(), length, SPARSE
         )
         assert torch.equal(blocks, wanted), "the chosen blocks are not the paper's"
         truth, _ = reference.block_sparse_attention(
@@ -229,25 +237,29 @@ def decode_cases(shape: tuple[int, int, int], lengths: list[int], bandwidth: flo
         peer = functools.partial(theirs.user, way)
         at = label(shape, K)
         found.append(
-            Case(f"decode {at}", "tokens/s", 1, ours, peer, f"user's best: {name}",
+            Case(f"decode {at}", "tokens/s", contexts.tokens, ours, peer, f"user's best: {name}",
                  gate(contexts), bar=DECODE_USER[K] * part)
         )  # fmt: skip
         found.append(
-            Case(f"decode {at}", "tokens/s", 1, ours, dense,
+            Case(f"decode {at}", "tokens/s", contexts.tokens, ours, dense,
                  f"our dense (limit {DECODE_LIMIT[K]}x)", no_gate, bar=DECODE_OWN[K] * part)
         )  # fmt: skip
         found.append(
             Case(f"dense decode {at}, of {bandwidth / 1e9:.1f} GB/s read", "GB/s",
-                 contexts.bytes / 1e9, dense, peer, f"user's best: {name}", no_gate,
-                 bound=bandwidth / 1e9)
+                 contexts.bytes / 1e9 * contexts.tokens, dense, peer, f"user's best: {name}",
+                 no_gate, bound=bandwidth / 1e9)
         )  # fmt: skip
+    return found
+
+
+def cached_cases(shape: tuple[int, int, int]) -> list[Case]:
+    """One token over keys that the last-level cache holds."""
     contexts = Contexts(shape, 16 << 10, 1, torch.bfloat16, rotate=0)
     ours, dense = (functools.partial(contexts.attend, c) for c in (SPARSE, DENSE))
-    found.append(
-        Case(f"decode {label(shape, 16)}, in cache", "tokens/s", 1, ours, dense, "our dense",
-             no_gate)
-    )  # fmt: skip
-    return found
+    return [
+        Case(f"decode {label(shape, 16)}, in cache", "tokens/s", contexts.tokens, ours, dense,
+             "our dense", no_gate)
+    ]  # fmt: skip
 
 
 def switch_cases(shape: tuple[int, int, int]) -> list[Case]:
@@ -259,8 +271,8 @@ def switch_cases(shape: tuple[int, int, int]) -> list[Case]:
             auto, dense = (functools.partial(contexts.attend, c) for c in (AUTO, DENSE))
             auto()  # the measurement
             found.append(
-                Case(f"{kind} {label(shape, K)}, dense_len=auto", "tokens/s", T, auto, dense,
-                     "our dense", no_gate, bar=0.95)
+                Case(f"{kind} {label(shape, K)}, dense_len=auto", "tokens/s", contexts.tokens, auto,
+                     dense, "our dense", no_gate, bar=0.95)
             )  # fmt: skip
     return found
 
@@ -390,6 +402,7 @@ def run(quick: bool, only: list[str]) -> None:
     for shape in SHAPES:
         for K in decode:
             groups[f"decode {shape} {K}"] = functools.partial(decode_cases, shape, [K], bandwidth)
+        groups[f"decode {shape} in cache"] = functools.partial(cached_cases, shape)
         groups[f"switch {shape}"] = functools.partial(switch_cases, shape)
         for K in prefill:
             groups[f"prefill {shape} {K}"] = functools.partial(prefill_cases, shape, [K], peak)
@@ -398,12 +411,14 @@ def run(quick: bool, only: list[str]) -> None:
         groups[f"training {shape}"] = functools.partial(training_cases, shape)
         groups[f"whole {shape}"] = lambda shape=shape: [whole_case(shape)]
     chosen = [make for name, make in groups.items() if not only or any(o in name for o in only)]
-    main("infllm2", itertools.chain.from_iterable(make() for make in chosen))
+    main("infllm2", itertools.chain.from_iterable(make() for make in chosen), update=bool(only))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="decoding at 16K only")
-    parser.add_argument("--only", nargs="*", default=[], help="groups: decode, switch, prefill, …")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="groups, such as decode; others keep their rows"
+    )
     options = parser.parse_args()
     run(options.quick, options.only)

@@ -84,6 +84,16 @@ typedef struct {
 int32_t infllm2_backward(const infllm2_backward_args *, int32_t ith, int32_t nth);
 int32_t infllm2_gather(const infllm2_backward_args *, int32_t ith, int32_t nth);
 
+// Writes fine kernels [fine_begin, fine_end) and coarse ones [coarse_begin, coarse_end) of the keys [B, K, S, D] into
+// `fine` and `coarse`, which hold all of them.
+typedef struct {
+    infllm2_tensor keys, fine, coarse;
+    int64_t batch, kv_heads, dim;
+    int64_t fine_begin, fine_end, coarse_begin, coarse_end;
+    int32_t kernel_size, kernel_stride, coarse_factor, dtype;
+} infllm2_compress_args;
+int32_t infllm2_compress(const infllm2_compress_args *, int32_t ith, int32_t nth);
+
 int64_t infllm2_backward_work(const infllm2_shape *, int64_t block_size);       // bytes a thread
 int64_t infllm2_gradient_floats(const infllm2_shape *);
 int64_t infllm2_select_work(const infllm2_shape *, const infllm2_selection *);  // bytes a thread

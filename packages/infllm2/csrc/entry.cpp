@@ -12,7 +12,8 @@ using namespace native;
     int32_t infllm2_merge_##level(const infllm2_attend_args *, int32_t, int32_t);         \
     int32_t infllm2_run_##level(const infllm2_run_args *, int32_t, int32_t);              \
     int32_t infllm2_backward_##level(const infllm2_backward_args *, int32_t, int32_t);    \
-    int32_t infllm2_gather_##level(const infllm2_backward_args *, int32_t, int32_t);
+    int32_t infllm2_gather_##level(const infllm2_backward_args *, int32_t, int32_t);      \
+    int32_t infllm2_compress_##level(const infllm2_compress_args *, int32_t, int32_t);
 
 #if defined(__x86_64__)
 #define PICK(name) {infllm2_##name##_scalar, infllm2_##name##_avx2, infllm2_##name##_avx512, infllm2_##name##_avx512_bf16}
@@ -43,6 +44,7 @@ ENTRY(merge, infllm2_attend_args)
 ENTRY(run, infllm2_run_args)
 ENTRY(backward, infllm2_backward_args)
 ENTRY(gather, infllm2_backward_args)
+ENTRY(compress, infllm2_compress_args)
 
 int32_t infllm2_parallel(ParallelFor pool, Operation operation, const void *args, int32_t nth) {
     return run_on(pool, operation, args, nth);

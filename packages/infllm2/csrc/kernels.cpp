@@ -1,5 +1,6 @@
 // Every operation for one instruction level: compiled once for each, with that level's flags and NATIVE_LEVEL.
 #include "backward.hpp"
+#include "compress.hpp"
 #include "run.hpp"
 
 #define JOIN(a, b) a##b
@@ -66,5 +67,11 @@ int32_t NAME(infllm2_backward_, NATIVE_LEVEL)(const infllm2_backward_args *a, in
 
 int32_t NAME(infllm2_gather_, NATIVE_LEVEL)(const infllm2_backward_args *a, int32_t ith, int32_t nth) {
     return dispatch(a->attend.shape, a->attend.tile, [&](auto, auto wide) { gather<W>(a, ith, nth); });
+}
+
+int32_t NAME(infllm2_compress_, NATIVE_LEVEL)(const infllm2_compress_args *a, int32_t ith, int32_t nth) {
+    infllm2_shape shape = {};
+    shape.dtype = a->dtype;
+    return dispatch(shape, 1, [&](auto, auto wide) { compress<W>(a, ith, nth); });
 }
 }

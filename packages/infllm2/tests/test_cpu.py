@@ -17,7 +17,7 @@ from torch import Tensor
 from infllm2 import InfLLMv2Config, backends, reference
 from infllm2.backends.cpu_backend import _Attend
 from infllm2.backends.cpu_library import kernels
-from infllm2.compression import compress_keys
+from infllm2.compression import _means, compress_keys
 
 LIBRARY, REASON = kernels()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=REASON)
@@ -201,6 +201,21 @@ def test_results_do_not_depend_on_threads(threads: int, T: int) -> None:
     assert torch.equal(found[0][1], found[1][1])
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-6, rtol=0)
     torch.testing.assert_close(found[0][2], found[1][2], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("D", [2, 40, 128])
+def test_compressed_keys_are_pytorch_s_to_the_bit(dtype: torch.dtype, D: int) -> None:
+    config = InfLLMv2Config(kernel_size=12, kernel_stride=4, block_size=16, window_size=32, topk=3)
+    k = torch.randn(2, 301, 3, D).to(dtype).transpose(1, 2)
+    for length in (0, 11, 12, 47, 48, 301):
+        part = k[:, :, :length]
+        for mine, theirs in zip(
+            compress_keys(part, config),
+            (_means(part, 12, 4, factor) for factor in (1, 4)),
+            strict=True,
+        ):
+            assert mine.shape == theirs.shape and torch.equal(mine, theirs)
 
 
 def test_every_way_to_do_a_tile_is_exact() -> None:

@@ -46,18 +46,52 @@ def compress(k: Tensor, size: int, stride: int) -> Tensor:
     Returns:
         `[..., kernel_count(S, size, stride), D]`.
     """
-    return _windows(_steps(k, stride), size // stride, size, k)
+    return _means(k, size, stride, 1)
 
 
 def compress_keys(k: Tensor, config: InfLLMv2Config) -> tuple[Tensor, Tensor]:
-    """Fine and coarse kernels of k `[B, Hkv, S, D]`: `compress` twice, reading the keys once."""
+    """All complete fine and coarse kernels of k `[B, Hkv, S, D]`: `compress` at both levels."""
+    counts = kernel_counts(k.shape[2], config)
+    fine, coarse = (k.new_empty(*k.shape[:2], n, k.shape[3]) for n in counts)
+    write_kernels(k, config, fine, coarse, (0, 0))
+    return fine, coarse
+
+
+def kernel_counts(length: int, config: InfLLMv2Config) -> tuple[int, int]:
+    """Complete fine and coarse kernels of `length` keys."""
     size, stride = config.kernel_size, config.kernel_stride
-    sums = _steps(k, stride)
-    width = size // stride
-    fine = _windows(sums, width, size, k)
-    whole = sums.shape[-2] // COARSE_FACTOR * COARSE_FACTOR
-    quarters = sums[..., :whole, :].unflatten(-2, (whole // COARSE_FACTOR, COARSE_FACTOR))
-    return fine, _windows(_in_order(quarters), width, COARSE_FACTOR * size, k)
+    return (
+        kernel_count(length, size, stride),
+        kernel_count(length, COARSE_FACTOR * size, COARSE_FACTOR * stride),
+    )
+
+
+def write_kernels(
+    k: Tensor, config: InfLLMv2Config, fine: Tensor, coarse: Tensor, had: tuple[int, int]
+) -> None:
+    """Write the kernels of k that are not there yet, in C++ where it can, to the same bits.
+
+    Args:
+        k: `[B, Hkv, S, D]`.
+        config: sizes of the kernels.
+        fine: `[B, Hkv, at least all fine kernels of k, D]`, in k's dtype.
+        coarse: the same for coarse ones.
+        had: how many fine and coarse ones are there.
+    """
+    from infllm2.backends import cpu_backend, cpu_library
+
+    counts = kernel_counts(k.shape[2], config)
+    native = k.device.type == "cpu" and k.dtype in cpu_library.DTYPES
+    if native and k.stride(-1) == 1 and cpu_library.kernels()[0] is not None:
+        ranges = tuple(zip(had, counts, strict=True))
+        return cpu_backend.compress(k.detach(), config, fine, coarse, *ranges)
+    size, stride = config.kernel_size, config.kernel_stride
+    for out, first, end, factor in zip(
+        (fine, coarse), had, counts, (1, COARSE_FACTOR), strict=True
+    ):
+        if end > first:
+            tail = k[:, :, first * factor * stride :]
+            out[:, :, first:end] = _means(tail, size, stride, factor)
 
 
 def _steps(k: Tensor, stride: int) -> Tensor:
@@ -72,6 +106,14 @@ def _in_order(x: Tensor) -> Tensor:
     for i in range(1, x.shape[-2]):
         total += x[..., i, :]
     return total
+
+
+def _means(k: Tensor, size: int, stride: int, factor: int) -> Tensor:
+    """Kernels of `factor · size` keys, one each `factor · stride`."""
+    sums = _steps(k, stride)
+    steps = sums.shape[-2] // factor
+    sums = _in_order(sums[..., : steps * factor, :].unflatten(-2, (steps, factor)))
+    return _windows(sums, size // stride, factor * size, k)
 
 
 def _windows(sums: Tensor, width: int, size: int, k: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from infllm2.compression import CompressedKeys, compress_keys, kernel_count
-from infllm2.config import COARSE_FACTOR, InfLLMv2Config
+from infllm2.compression import CompressedKeys, kernel_counts, write_kernels
+from infllm2.config import InfLLMv2Config
 
 # A buffer that is full grows to this many times what it must hold.
 GROWTH = 1.5
@@ -145,29 +145,25 @@ class _Kernels:
         self.fine: Tensor | None = None
         self.coarse: Tensor | None = None
 
-    def _counts(self, length: int) -> tuple[int, int]:
-        size, stride = self.config.kernel_size, self.config.kernel_stride
-        return (
-            kernel_count(length, size, stride),
-            kernel_count(length, COARSE_FACTOR * size, COARSE_FACTOR * stride),
-        )
-
     def up_to(
         self, keys: Tensor, rows: tuple[int, ...] | None, start: int, end: int
     ) -> CompressedKeys:
         """Kernels of tokens start … end − 1 of the buffer `keys`."""
         length = end - start
-        fine, coarse = self._counts(length)
+        fine, coarse = kernel_counts(length, self.config)
         if length > self.length:
-            had_fine, had_coarse = self._counts(self.length)
-            if fine > had_fine or coarse > had_coarse or self.fine is None:
-                # From where the first new coarse kernel starts; a few fine ones are made again.
-                begin = COARSE_FACTOR * had_coarse
-                tail = slice(start + begin * self.config.kernel_stride, end)
-                part = keys[:, :, tail] if rows is None else keys[list(rows), :, tail]
-                new_fine, new_coarse = compress_keys(part, self.config)
-                self.fine = _written(self.fine, new_fine, begin, had_fine)
-                self.coarse = _written(self.coarse, new_coarse, had_coarse, had_coarse)
+            had = kernel_counts(self.length, self.config)
+            if fine > had[0] or coarse > had[1] or self.fine is None:
+                part, batch = keys[:, :, start:end], keys.shape[0] if rows is None else len(rows)
+                self.fine = _grown(self.fine, part, batch, had[0], fine)
+                self.coarse = _grown(self.coarse, part, batch, had[1], coarse)
+                # Row by row where some are left out: views, where indexing would copy all keys.
+                whole = slice(None)
+                pairs = [(whole, whole)]
+                if rows is not None:
+                    pairs = [(slice(i, i + 1), slice(r, r + 1)) for i, r in enumerate(rows)]
+                for to, row in pairs:
+                    write_kernels(part[row], self.config, self.fine[to], self.coarse[to], had)
             self.length = length
         assert self.fine is not None and self.coarse is not None
         return CompressedKeys(self.fine[:, :, :fine], self.coarse[:, :, :coarse], length)
@@ -182,13 +178,11 @@ class _Kernels:
             self.fine, self.coarse = self.fine[rows], self.coarse[rows]
 
 
-def _written(buffer: Tensor | None, new: Tensor, begin: int, had: int) -> Tensor:
-    """The buffer with `new` at `begin`, grown if need be; its first `had` entries are kept."""
-    end = begin + new.shape[2]
-    if buffer is None or buffer.shape[2] < end:
-        wider = new.new_empty(*new.shape[:2], int(GROWTH * end) + 16, new.shape[3])
-        if buffer is not None:
-            wider[:, :, :had] = buffer[:, :, :had]
-        buffer = wider
-    buffer[:, :, begin:end] = new
-    return buffer
+def _grown(buffer: Tensor | None, like: Tensor, batch: int, had: int, needed: int) -> Tensor:
+    """A buffer of at least `needed` kernels; its first `had` are kept."""
+    if buffer is not None and buffer.shape[2] >= needed:
+        return buffer
+    wider = like.new_empty(batch, like.shape[1], int(GROWTH * needed) + 16, like.shape[3])
+    if buffer is not None:
+        wider[:, :, :had] = buffer[:, :, :had]
+    return wider

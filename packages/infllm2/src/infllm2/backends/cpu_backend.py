@@ -17,6 +17,7 @@ from infllm2.backends.cpu_library import (
     DTYPES,
     AttendArgs,
     BackwardArgs,
+    CompressArgs,
     Kernels,
     RunArgs,
     SelectArgs,
@@ -25,7 +26,7 @@ from infllm2.backends.cpu_library import (
     shape_of,
     strided,
 )
-from infllm2.config import InfLLMv2Config
+from infllm2.config import COARSE_FACTOR, InfLLMv2Config
 
 # Rows (tokens × heads of a group) that are done together; `MOST_ROWS` of `csrc/rows.hpp`.
 ROWS = 512
@@ -117,6 +118,32 @@ class CpuBackend:
 
 
 BACKEND = CpuBackend()
+
+
+def compress(
+    keys: Tensor, config: InfLLMv2Config, fine: Tensor, coarse: Tensor,
+    fine_range: tuple[int, int], coarse_range: tuple[int, int],
+) -> None:  # fmt: skip
+    """Write compressed keys j … of `keys` into buffers that hold all of them.
+
+    Args:
+        keys: `[B, Hkv, S, D]`, float32 or bfloat16, any strides but the last.
+        config: sizes of the kernels.
+        fine: `[B, Hkv, >= fine_range[1], D]`, likewise.
+        coarse: `[B, Hkv, >= coarse_range[1], D]`, likewise.
+        fine_range: first fine kernel to write, and the one after the last.
+        coarse_range: the same for coarse ones.
+    """
+    count = fine_range[1] - fine_range[0] + coarse_range[1] - coarse_range[0]
+    if not count or not keys.numel():
+        return
+    args = CompressArgs(
+        *strided(keys), *strided(fine), *strided(coarse), *keys.shape[:2], keys.shape[3],
+        *fine_range, *coarse_range, config.kernel_size, config.kernel_stride, COARSE_FACTOR,
+        DTYPES[keys.dtype],
+    )  # fmt: skip
+    # A few kernels are not worth waking the other threads for.
+    _library().compress(args, torch.get_num_threads() if count > 16 else 1)
 
 
 class _Attend(torch.autograd.Function):

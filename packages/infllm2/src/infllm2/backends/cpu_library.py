@@ -72,6 +72,14 @@ _BACKWARD = [
     ("slots", c_int64),
 ]
 
+_COMPRESS = [
+    *_strided("keys"),
+    *_strided("fine"),
+    *_strided("coarse"),
+    *_fields(c_int64, "", "batch kv_heads dim fine_begin fine_end coarse_begin coarse_end"),
+    *_fields(c_int32, "", "kernel_size kernel_stride coarse_factor dtype"),
+]
+
 
 def _structure(name: str, *parts: list[tuple[str, Any]]) -> type[Structure]:
     flat = [(f"f{i}_{n}", kind) for i, (n, kind) in enumerate(f for part in parts for f in part)]
@@ -85,6 +93,7 @@ SelectArgs = _structure("SelectArgs", _SELECT)
 AttendArgs = _structure("AttendArgs", _ATTEND)
 RunArgs = _structure("RunArgs", _SELECT, _ATTEND)
 BackwardArgs = _structure("BackwardArgs", _BACKWARD)
+CompressArgs = _structure("CompressArgs", _COMPRESS)
 
 
 def shape_of(q: Tensor, kv_heads: int, keys: int) -> tuple[int, ...]:
@@ -112,15 +121,14 @@ class Kernels:
     """The loaded library: its operations, sizes and level.
 
     Attributes:
-        select, attend, merge, run, backward, gather: operations; see `csrc/args.h`.
+        select, attend, merge, run, backward, gather, compress: operations; see `csrc/args.h`.
         level: instruction set in use: "scalar", "avx2", "avx512" or "avx512_bf16".
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        names = ("select", "attend", "merge", "run", "backward", "gather")
-        self.select, self.attend, self.merge, self.run, self.backward, self.gather = (
-            _native.Operation(library, "infllm2", name) for name in names
-        )
+        names = ("select", "attend", "merge", "run", "backward", "gather", "compress")
+        for name in names:
+            setattr(self, name, _native.Operation(library, "infllm2", name))
         self._select_work = _sizer(library.infllm2_select_work, 2)
         self._attend_work = _sizer(library.infllm2_attend_work, 1, 1)
         self._backward_work = _sizer(library.infllm2_backward_work, 1, 1)
