@@ -129,6 +129,8 @@ def main(tool: str, cases: Iterable[Case], update: bool = False) -> None:
     result: dict[str, Any] = {"tool": tool, "env": environment(), "rows": []}
     RESULTS.mkdir(exist_ok=True)
     print(f"{'case':<64} {'ours':>12} {'peer':>12} {'ratio':>7}  unit, peer")
+    file = RESULTS / f"{tool}.json"
+    old = json.loads(file.read_text(encoding="utf-8")) if update and file.exists() else None
     for case in cases:
         row = measure(case)
         result["rows"].append(row)
@@ -138,13 +140,16 @@ def main(tool: str, cases: Iterable[Case], update: bool = False) -> None:
             f"{row['unit']}, {row['peer_name']}{missed}",
             flush=True,
         )
-    file = RESULTS / f"{tool}.json"
-    if update and file.exists():
-        names = {row["name"] for row in result["rows"]}
-        old = json.loads(file.read_text(encoding="utf-8"))
-        kept = [{"env": old["env"], **r} for r in old["rows"] if r["name"] not in names]
-        result["rows"] += kept
-    text = json.dumps(result)
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(text)
+        # After every row: an interrupted run loses one row, not all.
+        file.write_text(json.dumps(_merged(result, old), indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(_merged(result, old)))
     sys.stdout.flush()
+
+
+def _merged(result: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any]:
+    """The result with the old rows of other names, each with the environment it comes from."""
+    if old is None:
+        return result
+    names = {row["name"] for row in result["rows"]}
+    kept = [{"env": old["env"], **row} for row in old["rows"] if row["name"] not in names]
+    return {**result, "rows": result["rows"] + kept}
