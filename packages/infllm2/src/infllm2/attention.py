@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from infllm2 import backends
-from infllm2.checks import check_blocks, check_kv, check_qk
+from infllm2.checks import (
+    check_blocks,
+    check_config,
+    check_kv,
+    check_qk,
+    check_unrotated,
+    packed_ends,
+)
 from infllm2.compression import CompressedKeys
 from infllm2.config import InfLLMv2Config
-from infllm2.layer_cache import LayerCache
+from infllm2.eager import eager
+from infllm2.layer_cache import LayerCache, store_of
 from infllm2.selection import blocks_of, compressed
 from infllm2.switch import dense_below
 
@@ -20,6 +28,7 @@ from infllm2.switch import dense_below
 Select = Callable[[Tensor, Tensor, InfLLMv2Config], Tensor]
 
 
+@eager
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -64,6 +73,7 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
+@eager
 def infllmv2_attention(
     q: Tensor,
     k: Tensor,
@@ -71,7 +81,7 @@ def infllmv2_attention(
     config: InfLLMv2Config,
     *,
     cache: LayerCache | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     unrotated: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -85,9 +95,11 @@ def infllmv2_attention(
         config: sizes and budget. The switch looks at the keys of this call, as MiniCPM4's does:
             early chunks of a long prompt may be dense where the whole prompt at once is sparse.
             `dense_len=-1` avoids it, `dense_len="auto"` measures where sparse attention pays.
-        cache: keys, values and compressed keys of the tokens before. q, k and v are then of the new
-            tokens alone, `[B, ·, T, D]`; they are appended. No gradient flows through a cache.
-        cu_seqlens: int32 or int64 `[n + 1]`, ascending from 0: packed sequences. Batch is 1;
+        cache: keys, values and compressed keys of the tokens before: a `LayerCache`, or one layer
+            of a `SparseCache`. q, k and v are then of the new tokens alone, `[B, ·, T, D]`; they
+            are appended, unless an error is raised. No gradient flows through a cache, and
+            `backward` says so.
+        cu_seqlens: integers `[n + 1]`, ascending from 0: packed sequences. Batch is 1;
             sequence i is positions cu_seqlens[i] … cu_seqlens[i + 1] − 1 and attends to no other.
         unrotated: (q, k) before rotary embedding, which selection scores with if
             `config.use_nope`; shapes as q and k.
@@ -97,25 +109,36 @@ def infllmv2_attention(
         `[B, Hq, T, D]` in q's dtype.
 
     Raises:
-        ValueError: as `select_blocks` and `block_sparse_attention`; `cu_seqlens` that do not fit
-            or come with a cache; `use_nope` without `unrotated`, or with a cache.
+        ValueError: as `select_blocks` and `block_sparse_attention`; a cache of another kind or
+            other sizes; `cu_seqlens` that do not fit or come with a cache; `use_nope` without
+            `unrotated`, or with a cache.
     """
+    # Whatever is wrong is found before a cache changes.
+    check_config(config)
+    check_qk(q, k, aligned=cache is not None)
+    check_kv(k, v)
+    if config.use_nope and cache is None:
+        check_unrotated(q, k, unrotated)
     if cu_seqlens is not None:
         if cache is not None:
             raise ValueError("cu_seqlens and cache exclude each other: give a cache per sequence")
         return _packed(q, k, v, config, cu_seqlens, unrotated, backend)
     keys = None
     if cache is not None:
-        if q.shape[2] != k.shape[2]:
+        store = store_of(cache)
+        store.check_sizes(config)
+        if config.use_nope:
             raise ValueError(
-                f"with a cache, q, k and v are of the new tokens alone, got {q.shape[2]} queries "
-                f"and {k.shape[2]} keys"
+                "use_nope=True scores with keys before rotary embedding, which a cache does not "
+                "hold: pass all keys, and unrotated=(q, k), without a cache"
             )
+        backends.choose(backend, backends.Inputs.of(q, k))
         k, v = cache.update(k, v)
-        keys = cache.compressed
+        keys = store.compressed
     return attend(q, k, v, config, keys=keys, unrotated=unrotated, backend=backend)[0]
 
 
+@eager
 def attend(
     q: Tensor,
     k: Tensor,
@@ -156,11 +179,7 @@ def attend(
         return chosen.run(q, k, v, known.fine, known.coarse, config, scale)
     scored_q, scored_k = q, k
     if config.use_nope:
-        if unrotated is None or keys is not None:
-            raise ValueError(
-                "use_nope=True scores with queries and keys before rotary embedding: pass them as "
-                "unrotated=(q, k), without a cache"
-            )
+        check_unrotated(q, k, unrotated)
         scored_q, scored_k = unrotated
     known = None if keys is None else keys()
     blocks = blocks_of(scored_q, scored_k, config, keys=known, backend=backend)
@@ -173,21 +192,12 @@ def _packed(
     k: Tensor,
     v: Tensor,
     config: InfLLMv2Config,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | Sequence[int],
     unrotated: tuple[Tensor, Tensor] | None,
     backend: str,
 ) -> Tensor:
     """One sequence after the other."""
-    ends = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
-    if not ends or ends[0] != 0 or ends[-1] != q.shape[2] or sorted(ends) != ends:
-        raise ValueError(
-            f"cu_seqlens must ascend from 0 to the {q.shape[2]} packed positions, got {ends}"
-        )
-    if q.shape[0] != 1 or q.shape[2] != k.shape[2]:
-        raise ValueError(
-            "packed q and k must have batch 1 and one length, got "
-            f"{tuple(q.shape)} and {tuple(k.shape)}"
-        )
+    ends = packed_ends(q, k, cu_seqlens)
     parts = []
     for start, end in zip(ends, ends[1:], strict=False):
         one = slice(start, end)

@@ -8,6 +8,7 @@ that `update` returns, so a decoding step compresses nothing but what is new.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -39,9 +40,10 @@ class SparseLayer(CacheLayerMixin):
         """Append, and return all keys and values so far `[B, Hkv, length, D]`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = self.store.update(key_states, value_states)
-        self.keys.infllm2_cache = self.store
-        return self.keys, self.values
+        keys, values = self.store.update(key_states, value_states)
+        self._refresh()
+        keys.infllm2_cache = self.store
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys after `query_length` more tokens, 0)."""
@@ -110,4 +112,4 @@ class SparseCache(Cache):
         if not isinstance(config, InfLLMv2Config):
             raise ValueError(f"config must be an InfLLMv2Config, got {type(config).__name__}")
         self.config = config
-        super().__init__(layer_class_to_replicate=lambda: SparseLayer(config))
+        super().__init__(layer_class_to_replicate=functools.partial(SparseLayer, config))

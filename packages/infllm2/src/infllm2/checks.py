@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from infllm2.config import InfLLMv2Config
 
-def check_qk(q: Tensor, k: Tensor) -> None:
-    """Check q `[B, Hq, T, D]` against k `[B, Hkv, S, D]`.
+
+def check_qk(q: Tensor, k: Tensor, *, aligned: bool = False) -> None:
+    """Check q `[B, Hq, T, D]` against k `[B, Hkv, S, D]`; `aligned`: T = S, of new tokens.
 
     Raises:
         ValueError: rank, sizes, dtype or device do not fit together.
     """
     for name, x in (("q", q), ("k", k)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions [batch, heads, length, head size], got "
@@ -28,6 +34,11 @@ def check_qk(q: Tensor, k: Tensor) -> None:
             "the number of query heads must be a positive multiple of that of key-value heads, and "
             f"the head size positive, got q {tuple(q.shape)} and k {tuple(k.shape)}"
         )
+    if aligned and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"with a cache, q, k and v are of the new tokens alone, got {q.shape[2]} queries and "
+            f"{k.shape[2]} keys"
+        )
     if q.shape[2] > k.shape[2]:
         raise ValueError(
             "queries are the last of the key positions, so q must not be longer than k, got "
@@ -42,11 +53,73 @@ def check_kv(k: Tensor, v: Tensor) -> None:
     Raises:
         ValueError: it has not.
     """
+    if not isinstance(v, Tensor):
+        raise ValueError(f"v must be a torch.Tensor, got {type(v).__name__}")
     if v.shape != k.shape:
         raise ValueError(
             f"k and v must have one shape, got k {tuple(k.shape)} and v {tuple(v.shape)}"
         )
     check_same_kind("k", k, "v", v)
+
+
+def check_config(config: InfLLMv2Config) -> None:
+    """Check that it is one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(config, InfLLMv2Config):
+        raise ValueError(
+            f"config must be an InfLLMv2Config, got {type(config).__name__}: build one, or read a "
+            "model's with InfLLMv2Config.from_pretrained_config(...)"
+        )
+
+
+def check_unrotated(q: Tensor, k: Tensor, unrotated: tuple[Tensor, Tensor] | None) -> None:
+    """Check (q, k) before rotary embedding against those after it; head sizes may differ.
+
+    Raises:
+        ValueError: there is none, or its shapes are others: selection would name blocks of other
+            keys than those attended to.
+    """
+    if unrotated is None:
+        raise ValueError(
+            "use_nope=True scores with queries and keys before rotary embedding: pass them as "
+            "unrotated=(q, k)"
+        )
+    if not isinstance(unrotated, tuple | list) or len(unrotated) != 2:
+        raise ValueError(f"unrotated must be (q, k), got {type(unrotated).__name__}")
+    check_qk(*unrotated)
+    for name, x, rotated in zip("qk", unrotated, (q, k), strict=True):
+        if x.shape[:3] != rotated.shape[:3]:
+            raise ValueError(
+                f"unrotated {name} must have {name}'s batch, heads and length, got "
+                f"{tuple(x.shape)} and {tuple(rotated.shape)}"
+            )
+
+
+def packed_ends(q: Tensor, k: Tensor, cu_seqlens: Tensor | Sequence[int]) -> list[int]:
+    """Check packed sequences: batch 1, q as long as k, ends ascending from 0 to the length.
+
+    Raises:
+        ValueError: they are not.
+    """
+    ends = cu_seqlens
+    if isinstance(ends, Tensor) and ends.dim() == 1 and not ends.is_floating_point():
+        ends = ends.tolist()
+    if not isinstance(ends, tuple | list) or not all(type(end) is int for end in ends):
+        got = f"{ends.dtype} {tuple(ends.shape)}" if isinstance(ends, Tensor) else repr(ends)
+        raise ValueError(f"cu_seqlens must be integers [sequences + 1], got {got}")
+    if not ends or ends[0] != 0 or ends[-1] != q.shape[2] or sorted(ends) != list(ends):
+        raise ValueError(
+            f"cu_seqlens must ascend from 0 to the {q.shape[2]} packed positions, got {ends}"
+        )
+    if q.shape[0] != 1 or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            "packed q and k must have batch 1 and one length, got "
+            f"{tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    return list(ends)
 
 
 def check_blocks(q: Tensor, k: Tensor, blocks: Tensor, block_size: int) -> None:
@@ -57,6 +130,8 @@ def check_blocks(q: Tensor, k: Tensor, blocks: Tensor, block_size: int) -> None:
     """
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size must be a positive integer, got {block_size!r}")
+    if not isinstance(blocks, Tensor):
+        raise ValueError(f"blocks must be a torch.Tensor, got {type(blocks).__name__}")
     if blocks.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"blocks must be int32 or int64, got {blocks.dtype}")
     wanted = (k.shape[0], k.shape[1], q.shape[2])

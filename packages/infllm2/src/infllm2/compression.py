@@ -82,6 +82,8 @@ def write_kernels(
 
     counts = kernel_counts(k.shape[2], config)
     native = k.device.type == "cpu" and k.dtype in cpu_library.DTYPES
+    # Inside of a `torch.func` transform tensors have no address.
+    native = native and not torch._C._functorch.peek_interpreter_stack()
     if native and k.stride(-1) == 1 and cpu_library.kernels()[0] is not None:
         ranges = tuple(zip(had, counts, strict=True))
         return cpu_backend.compress(k.detach(), config, fine, coarse, *ranges)

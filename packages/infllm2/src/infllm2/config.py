@@ -110,13 +110,16 @@ class InfLLMv2Config:
         """Read the `sparse_config` entry of a MiniCPM4 `config.json`.
 
         Args:
-            sparse_config: a mapping of this class's field names, or an object with a
-                `sparse_config` attribute (a transformers configuration).
+            sparse_config: a mapping of this class's field names, the whole `config.json` as a
+                mapping, or an object with a `sparse_config` attribute (a transformers
+                configuration).
 
         Raises:
             ValueError: no such entry, an unknown field, or a value out of range.
         """
         entry = getattr(sparse_config, "sparse_config", sparse_config)
+        if isinstance(entry, Mapping):  # a whole config.json holds it too
+            entry = entry.get("sparse_config", entry)
         if not isinstance(entry, Mapping):
             raise ValueError(
                 f"sparse_config must be a mapping such as MiniCPM4's config.json holds, got "

@@ -61,11 +61,14 @@ def sparse(
     Works in plain forward passes, `generate`, prefill in chunks (over `past_key_values`) and padded
     batches: each row is attended to without its padding, so it gives what it would give alone.
     Outputs at padding positions are 0. With `past_key_values=SparseCache(config)` a decoding step
-    compresses only what is new; with any other cache all keys are compressed again.
+    compresses only what is new; with any other cache all keys are compressed again. A compiled
+    model runs the attention between its graphs. With gradient checkpointing, which computes
+    attention again in `backward`, call `backward` inside the block too.
 
     Args:
         model: any decoder that uses transformers' attention interface (Llama, Qwen2, Qwen3,
-            Mistral, Phi-3, MiniCPM4 …), without sliding-window layers.
+            Mistral, Phi-3, MiniCPM4 …), without sliding-window layers; or a module around it, such
+            as `torch.compile` or an adapter makes.
         config: sizes and budget. Sequences shorter than `config.dense_len` run dense.
         backend: see `select_blocks`.
         keep_blocks: keep the visited blocks of each layer's last prefill for `Trace.blocks`.
@@ -144,17 +147,18 @@ def _switched(
 def _model_configs(model: PreTrainedModel) -> list[Any]:
     """Distinct configuration objects of the model and the models inside it."""
     transformers = _transformers()
-    if not isinstance(model, transformers.PreTrainedModel):
+    modules = model.modules() if hasattr(model, "modules") else ()
+    inner = [m for m in modules if isinstance(m, transformers.PreTrainedModel)]
+    if not inner:
         raise ValueError(
             f"model must be a transformers PreTrainedModel, got {type(model).__name__}"
         )
-    if not model._can_set_attn_implementation():
+    if not inner[0]._can_set_attn_implementation():
         raise ValueError(
-            f"{type(model).__name__} does not use transformers' attention interface, so its "
+            f"{type(inner[0]).__name__} does not use transformers' attention interface, so its "
             "attention cannot be exchanged: call infllmv2_attention from its own code"
         )
-    inner = [m.config for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
-    return list({id(c): c for c in inner}.values())
+    return list({id(m.config): m.config for m in inner}.values())
 
 
 def _transformers() -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,11 +12,15 @@ from torch import Tensor
 
 from infllm2.attention import Select, attend
 from infllm2.config import InfLLMv2Config
+from infllm2.eager import uncompiled
 from infllm2.layer_cache import LayerCache
 from infllm2.trace import Call, Trace, causal_blocks, timed
 
 # Keyword arguments of other attention functions that would change the result; none may be set.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cu_seq_lens_q", "cu_seqlens_q", "block_table")
+
+# Rows of the batch done together, their first query and their end, and their blocks (None: dense).
+Part = tuple[Sequence[int], int, int, Tensor | None]
 
 
 @dataclass
@@ -54,9 +58,9 @@ def padding_mask(
 
     if mask_function is not causal_mask_function or kv_offset:
         raise ValueError(
-            "infllm2 attention is plain causal: sliding-window layers, packed sequences and custom "
-            "masks are not supported; set config.sliding_window=None (Mistral, Phi-3) or pass an "
-            "attention_mask"
+            "infllm2 attention is plain causal: encoders, sliding-window layers, packed sequences "
+            "and custom masks are not supported; set config.sliding_window=None (Mistral, Phi-3) "
+            "or pass an attention_mask"
         )
     length = int(q_offset) + q_length
     if attention_mask is None:
@@ -67,6 +71,7 @@ def padding_mask(
     return None if length == kv_length and bool(mask.all()) else mask
 
 
+@uncompiled
 def sparse_forward(
     module: torch.nn.Module,
     query: Tensor,
@@ -80,7 +85,7 @@ def sparse_forward(
     """transformers' attention function: q [B, H, T, D], k and v [B, K, S, D] → [B, T, H, D]."""
     session = _session(module)
     config = session.config or _config_of(module)
-    _check_call(key, attention_mask, dropout, kwargs)
+    _check_call(module, key, attention_mask, dropout, kwargs)
     if torch.is_autocast_enabled(query.device.type):
         # As PyTorch's own attention does: rotary embedding has widened q and k, but not v.
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -90,7 +95,7 @@ def sparse_forward(
     if scaling is not None and abs(scaling * D**0.5 - 1) > 1e-6:
         query = query * (scaling * D**0.5)
 
-    def run() -> tuple[Tensor, list[tuple[int, int, int, Tensor | None]]]:
+    def run() -> tuple[Tensor, list[Part]]:
         if attention_mask is None:
             cache = _cached(key, config)
             known = cache.compressed if cache is not None else None
@@ -104,7 +109,7 @@ def sparse_forward(
                 list_blocks=session.trace.keep_blocks,
                 backend=session.backend,
             )
-            parts = [(query.shape[0], key.shape[2] - T, key.shape[2], blocks)]
+            parts = [(range(query.shape[0]), key.shape[2] - T, key.shape[2], blocks)]
         else:
             out, parts = _ragged(query, key, value, attention_mask, config, session)
         return out.transpose(1, 2).contiguous(), parts
@@ -116,7 +121,7 @@ def sparse_forward(
 
 def _ragged(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, config: InfLLMv2Config, session: Session
-) -> tuple[Tensor, list[tuple[int, int, int, Tensor | None]]]:
+) -> tuple[Tensor, list[Part]]:
     """Rows without their padding: tokens of a row stand at start … end − 1 of the keys."""
     T, S = q.shape[2], mask.shape[1]
     lengths = mask.sum(1)
@@ -157,7 +162,7 @@ def _ragged(
             backend=session.backend,
         )
         out[pick, :, at] = part
-        parts.append((len(members), first - start, end - start, blocks))
+        parts.append((members, first - start, end - start, blocks))
     return out, parts
 
 
@@ -166,13 +171,7 @@ def _cached(key: Tensor, config: InfLLMv2Config) -> LayerCache | None:
     cache: LayerCache | None = getattr(key, "infllm2_cache", None)
     if cache is None:
         return None
-    sizes = ("kernel_size", "kernel_stride", "block_size", "budget")
-    theirs, ours = ([getattr(c, name) for name in sizes] for c in (cache.config, config))
-    if theirs != ours:
-        raise ValueError(
-            f"the SparseCache was made for ({', '.join(sizes)}) = {theirs}, the model runs with "
-            f"{ours}: make it from the same InfLLMv2Config"
-        )
+    cache.check_sizes(config)
     return cache
 
 
@@ -181,23 +180,24 @@ def _record(
     module: torch.nn.Module,
     kv_heads: int,
     T: int,
-    parts: list[tuple[int, int, int, Tensor | None]],
+    parts: list[Part],
     seconds: float,
 ) -> None:
-    """Count the blocks of (rows, first query, end, blocks or None if dense) and append one call."""
+    """Count the blocks and append one call."""
     visited = causal = queries = keys = 0
     layer = getattr(module, "layer_idx", 0)
     for rows, first, end, blocks in parts:
-        total = causal_blocks(first, end, trace.block_size) * rows * kv_heads
+        total = causal_blocks(first, end, trace.block_size) * len(rows) * kv_heads
         causal += total
         visited += total if blocks is None else int(torch.count_nonzero(blocks >= 0))
-        queries += rows * (end - first)
+        queries += len(rows) * (end - first)
         keys = max(keys, end)
-        if blocks is not None:
+        if blocks is not None and 0 in rows:
             trace.keep(layer, blocks[0], first)
     trace.record(Call(layer, queries, keys, seconds, visited, causal, prefill=T > 1))
 
 
+@uncompiled
 def dense_forward(
     module: torch.nn.Module,
     query: Tensor,
@@ -214,7 +214,7 @@ def dense_forward(
         query.device,
     )
     T, S = query.shape[2], key.shape[2]
-    parts = [(query.shape[0], S - T, S, None)]
+    parts = [(range(query.shape[0]), S - T, S, None)]
     _record(_session(module).trace, module, key.shape[1], T, parts, seconds)
     return result
 
@@ -235,8 +235,20 @@ def _config_of(module: torch.nn.Module) -> InfLLMv2Config:
     return InfLLMv2Config() if entry is None else InfLLMv2Config.from_pretrained_config(entry)
 
 
-def _check_call(key: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+def _check_call(
+    module: torch.nn.Module,
+    key: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> None:
     """Refuse what would silently be ignored."""
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise ValueError(
+            f"infllm2 attention is causal, {type(module).__name__} is not: encoders and "
+            "cross-attention are not supported"
+        )
     window = kwargs.get("sliding_window")
     if window is not None and key.shape[2] > window:
         raise ValueError(
@@ -248,7 +260,8 @@ def _check_call(key: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[s
             raise ValueError(f"infllm2 attention does not support {name}, which the model passes")
     if dropout:
         raise ValueError(
-            f"infllm2 attention has no dropout, got {dropout}: set attention_dropout=0"
+            f"infllm2 attention has no dropout, got {dropout}: set the model's attention dropout "
+            "(config.attention_dropout in most) to 0"
         )
     if mask is not None and (mask.dim() != 2 or mask.dtype != torch.bool):
         raise ValueError(

@@ -7,6 +7,9 @@ end, for a kernel depends on nothing after it.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from infllm2.compression import CompressedKeys, kernel_counts, write_kernels
@@ -24,6 +27,7 @@ class LayerCache:
 
     Attributes:
         keys, values: `[B, Hkv, length, D]`, views of the buffers; None before the first update.
+            Tokens that come after a `crop` overwrite what older views show.
         length: tokens held.
     """
 
@@ -49,23 +53,28 @@ class LayerCache:
         """Append tokens, and return everything.
 
         Args:
-            k: keys of the new tokens, `[B, Hkv, T, D]`, of the batch, heads and dtype so far.
-            v: their values.
+            k: keys of the new tokens, `[B, Hkv, T, D]`, of the batch, heads, dtype and device so
+                far.
+            v: their values, `[B, Hkv, T, ·]`.
+
+        Returns:
+            Keys and values of all tokens. No gradient flows back through them: a backward pass
+            that comes to them raises a RuntimeError.
 
         Raises:
-            ValueError: they do not fit what is held.
+            ValueError: they do not fit each other or what is held, which stays as it is.
         """
-        if self._keys is not None:
-            held = self._keys
-            if (
-                k.shape[:2] != held.shape[:2]
-                or k.shape[3] != held.shape[3]
-                or k.dtype != held.dtype
-            ):
+        if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
+            raise ValueError(
+                "new keys and values must be [batch, key-value heads, length, head size] of one "
+                f"batch, heads and length, got {tuple(k.shape)} and {tuple(v.shape)}"
+            )
+        for name, x, held in (("keys", k, self._keys), ("values", v, self._values)):
+            if held is not None and _kind(x) != _kind(held):
                 raise ValueError(
-                    f"new keys {tuple(k.shape)} of {k.dtype} do not fit the cache of "
-                    f"{tuple(self.keys.shape)} of {held.dtype}: one cache serves one batch, "
-                    "reset() it for another"
+                    f"new {name} {tuple(x.shape)} of {x.dtype} on {x.device} do not fit the cache "
+                    f"of {tuple(held[:, :, : self.length].shape)} of {held.dtype} on "
+                    f"{held.device}: one cache serves one batch, reset() it for another"
                 )
         end = self.length + k.shape[2]
         self._keys, self._values = (
@@ -75,7 +84,23 @@ class LayerCache:
         self._keys[:, :, self.length : end] = k.detach()
         self._values[:, :, self.length : end] = v.detach()
         self.length = end
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            return _Held.apply(self.keys, k), _Held.apply(self.values, v)
         return self.keys, self.values
+
+    def check_sizes(self, config: InfLLMv2Config) -> None:
+        """Check that compressed keys are what attention with `config` needs.
+
+        Raises:
+            ValueError: the cache was made with other sizes.
+        """
+        sizes = ("kernel_size", "kernel_stride", "block_size", "budget")
+        ours, theirs = ([getattr(c, name) for name in sizes] for c in (self.config, config))
+        if ours != theirs:
+            raise ValueError(
+                f"the cache was made for ({', '.join(sizes)}) = {ours}, attention runs with "
+                f"{theirs}: make it from the same InfLLMv2Config"
+            )
 
     def _grown(self, buffer: Tensor | None, like: Tensor, needed: int) -> Tensor:
         if buffer is not None and buffer.shape[2] >= needed:
@@ -84,7 +109,8 @@ class LayerCache:
         block = self.config.block_size
         # The first call is a prompt, most often: room for an answer, not half as much again.
         size = needed + 4 * block if buffer is None else int(GROWTH * needed) + block
-        wider = like.new_empty(B, K, -(-size // block) * block, D)
+        with torch.inference_mode(False):  # or it could not be written to outside of that mode
+            wider = like.new_empty(B, K, -(-size // block) * block, D)
         if buffer is not None:
             wider[:, :, : self.length] = buffer[:, :, : self.length]
         return wider
@@ -109,7 +135,7 @@ class LayerCache:
 
     def crop(self, length: int) -> None:
         """Forget tokens from `length` on; nothing happens if there are none."""
-        if not 0 <= length:
+        if length < 0:
             raise ValueError(f"length must be at least 0, got {length}")
         self.length = min(self.length, length)
         for (_, start), kernels in self._kernels.items():
@@ -124,7 +150,8 @@ class LayerCache:
         if self._keys is None:
             return
         rows = rows.to(self._keys.device)
-        self._keys, self._values = self._keys[rows], self._values[rows]
+        with torch.inference_mode(False):
+            self._keys, self._values = self._keys[rows], self._values[rows]
         whole = {key: kernels for key, kernels in self._kernels.items() if key[0] is None}
         for kernels in whole.values():
             kernels.reorder(rows)
@@ -134,6 +161,40 @@ class LayerCache:
         """Forget everything, buffers too."""
         self.length, self._keys, self._values = 0, None, None
         self._kernels = {}
+
+
+def store_of(cache: Any) -> LayerCache:
+    """The `LayerCache` behind what a caller passed as the cache of one layer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    store = getattr(cache, "store", cache)  # a layer of `SparseCache` has one
+    if not isinstance(store, LayerCache):
+        raise ValueError(
+            "cache must be a LayerCache(config), or one layer of a SparseCache (cache.layers[i]), "
+            f"got {type(cache).__name__}"
+        )
+    return store
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    return x.shape[0], x.shape[1], x.shape[3], x.dtype, x.device
+
+
+class _Held(torch.autograd.Function):
+    """What a cache holds, as something the new tokens take part in: so backward finds out."""
+
+    @staticmethod
+    def forward(ctx: Any, held: Tensor, new: Tensor) -> Tensor:
+        return held.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "no gradient flows through an infllm2 cache: train without one (use_cache=False, or no "
+            "past_key_values)"
+        )
 
 
 class _Kernels:
@@ -175,14 +236,16 @@ class _Kernels:
     def reorder(self, rows: Tensor) -> None:
         """Rows of the batch in another order."""
         if self.fine is not None:
-            self.fine, self.coarse = self.fine[rows], self.coarse[rows]
+            with torch.inference_mode(False):
+                self.fine, self.coarse = self.fine[rows], self.coarse[rows]
 
 
 def _grown(buffer: Tensor | None, like: Tensor, batch: int, had: int, needed: int) -> Tensor:
     """A buffer of at least `needed` kernels; its first `had` are kept."""
     if buffer is not None and buffer.shape[2] >= needed:
         return buffer
-    wider = like.new_empty(batch, like.shape[1], int(GROWTH * needed) + 16, like.shape[3])
+    with torch.inference_mode(False):
+        wider = like.new_empty(batch, like.shape[1], int(GROWTH * needed) + 16, like.shape[3])
     if buffer is not None:
         wider[:, :, :had] = buffer[:, :, :had]
     return wider

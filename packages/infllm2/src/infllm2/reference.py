@@ -119,7 +119,7 @@ def visible_mask(blocks: Tensor, T: int, S: int, block_size: int) -> Tensor:
     # One spare column takes the −1 entries.
     slots = torch.where(blocks < 0, N, blocks).long()
     visited = torch.zeros(*blocks.shape[:3], N + 1, dtype=torch.bool, device=blocks.device)
-    visited = visited.scatter_(-1, slots, True)[..., :N]
+    visited = visited.scatter(-1, slots, True)[..., :N]
     keys = torch.arange(S, device=blocks.device)
     causal = keys <= query_positions(T, S, blocks.device)[:, None]
     return visited[..., keys // block_size] & causal

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from infllm2 import backends
-from infllm2.checks import check_qk
+from infllm2.checks import check_config, check_qk
 from infllm2.compression import CompressedKeys, compress_keys
 from infllm2.config import InfLLMv2Config
+from infllm2.eager import eager
 from infllm2.official import official_blocks
 
 
-@torch.no_grad()
 def select_blocks(q: Tensor, k: Tensor, config: InfLLMv2Config, *, backend: str = "auto") -> Tensor:
     """Choose the key blocks that each query visits: initial, window, and the best-scored others.
 
@@ -39,6 +39,7 @@ def select_blocks(q: Tensor, k: Tensor, config: InfLLMv2Config, *, backend: str 
     return blocks_of(q, k, config, backend=backend)
 
 
+@eager
 @torch.no_grad()
 def blocks_of(
     q: Tensor,
@@ -50,6 +51,7 @@ def blocks_of(
 ) -> Tensor:
     """As `select_blocks`, with the compressed keys where they are known already."""
     check_qk(q, k)
+    check_config(config)
     keys = compressed(k, config) if keys is None else keys
     if config.compat == "official":
         if backend not in ("auto", "reference"):

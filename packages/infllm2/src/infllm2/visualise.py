@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# One of these files makes a folder's tokenizer.
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+)
+
+
 def visited_map(blocks: Tensor, T: int, S: int, block_size: int) -> np.ndarray:
     """How much each block of queries visited each block of keys.
 
@@ -77,11 +87,7 @@ def plot_visited(
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plot_visited needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
+    figure = _figure_class()(figsize=(6.4, 5.4), layout="constrained")
     axes = figure.subplots()
     tokens = share.shape[1] * block_size
     image = axes.imshow(
@@ -100,6 +106,32 @@ def plot_visited(
     axes.set_title(title)
     figure.colorbar(image, label="share of queries that visit the block")
     return figure
+
+
+def _figure_class() -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
+    return Figure
+
+
+def _read_prompt(model: Path, prompt_file: Path, output: Path) -> str:
+    """The prompt, once everything that takes no time to check is there."""
+    if not (model / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{model} does not exist, or is no folder of a transformers model (no config.json)"
+        )
+    if not any((model / name).is_file() for name in _TOKENIZERS):
+        raise FileNotFoundError(f"{model} holds no tokenizer: none of {', '.join(_TOKENIZERS)}")
+    if not prompt_file.is_file():
+        raise FileNotFoundError(f"the prompt {prompt_file} does not exist, or is no file")
+    if output.is_dir() or not output.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {output}: name a file in a folder that exists")
+    try:
+        return prompt_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{prompt_file} is not UTF-8 text: {error}") from error
 
 
 def draw_prompt(
@@ -125,28 +157,34 @@ def draw_prompt(
         `layer`, `tokens`, and `visited_share` of that layer, 0 … 1.
 
     Raises:
-        FileNotFoundError: the folder or the prompt is missing.
-        ValueError: an empty prompt, no such layer, or nothing sparse to draw.
+        FileNotFoundError: the model, its tokenizer, the prompt or the output's folder is missing.
+        ValueError: an empty prompt or one that is not text, no such layer, or nothing sparse to
+            draw.
         ImportError: transformers or matplotlib is missing.
     """
-    for path in (model, prompt_file):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist")
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
+    text = _read_prompt(model, prompt_file, output)
+    _figure_class()
     from infllm2 import hf
 
     hf.register()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    # Cheap questions first: weights take long to read.
+    try:
+        model_config = AutoConfig.from_pretrained(model, local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"{model}/config.json cannot be read: {error}") from error
+    layers = model_config.get_text_config().num_hidden_layers
+    if not -layers <= layer < layers:
+        raise ValueError(f"layer must lie in {-layers} … {layers - 1}, got {layer}")
+    layer %= layers
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    text = prompt_file.read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :max_tokens]
     if ids.shape[1] < 2:
         raise ValueError(f"{prompt_file} holds {ids.shape[1]} tokens: give a longer prompt")
     decoder = AutoModelForCausalLM.from_pretrained(model, local_files_only=True, dtype="auto")
-    layers = decoder.config.get_text_config().num_hidden_layers
-    if not -layers <= layer < layers:
-        raise ValueError(f"layer must lie in {-layers} … {layers - 1}, got {layer}")
-    layer %= layers
     with torch.no_grad(), hf.sparse(decoder.eval(), config, keep_blocks=True) as trace:
         decoder(ids, logits_to_keep=1)
     tokens = ids.shape[1]

@@ -16,6 +16,8 @@ class ReferenceBackend:
         """Whether it can run on such inputs, and if not, why."""
         if inputs.dtype not in DTYPES:
             return False, f"dtype must be one of {DTYPES}, got {inputs.dtype}"
+        if inputs.device == "meta":
+            return False, "the tensors are on meta, where there are no values to choose by"
         return True, ""
 
     def select(

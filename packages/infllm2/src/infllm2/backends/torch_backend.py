@@ -4,11 +4,10 @@ Attention has three parts, each where it is fastest (Letters as in `infllm2.refe
 
 - a few queries (decode): gather the visited blocks of each query (`torch_gather`);
 - many queries, the blocks next to them: all queries of a block share them, so they are read as
-strided
-  views and go through PyTorch's fused attention in one batch (`torch_local`);
+  strided views and go through PyTorch's fused attention in one batch (`torch_local`);
 - many queries, scattered blocks: block by block, all queries that visit it at once
-(`torch_scatter`), so
-  exactly the chosen pairs are computed, never the union over a tile of queries.
+  (`torch_scatter`), so exactly the chosen pairs are computed, never the union over a tile of
+  queries.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from infllm2.backends import (
     torch_selection,
 )
 from infllm2.config import InfLLMv2Config
+from infllm2.eager import first_order
 from infllm2.reference import working_dtype
 
 # Up to so many queries, gathering each one's blocks beats going through the blocks one by one.
@@ -43,6 +43,8 @@ class TorchBackend:
         """Whether it can run on such inputs, and if not, why."""
         if inputs.dtype not in DTYPES:
             return False, f"dtype must be one of {DTYPES}, got {inputs.dtype}"
+        if inputs.device == "meta":
+            return False, "the tensors are on meta, where there are no values to choose by"
         return True, ""
 
     def select(
@@ -55,7 +57,7 @@ class TorchBackend:
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, block_size: int, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See `infllm2.block_sparse_attention`."""
-        if q.shape[2] <= GATHER_QUERIES:
+        if q.shape[2] <= GATHER_QUERIES or not q.numel():
             return torch_gather.attend(q, k, v, blocks, block_size=block_size, scale=scale)
         return _BlockSparse.apply(q, k, v, blocks, block_size, scale)
 
@@ -88,7 +90,7 @@ class _BlockSparse(torch.autograd.Function):
         return _heads(out, B, q.dtype), _heads(lse[..., None], B, lse.dtype)[..., 0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, blocks, out, lse = ctx.saved_tensors
         block_size, scale = ctx.sizes
