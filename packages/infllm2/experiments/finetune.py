@@ -28,7 +28,6 @@ from infllm2 import InfLLMv2Config, sparse
 from infllm2._cli import run
 
 CONFIG = budget(256, 4)
-MODELS = ("untrained", "dense", "sparse")
 TASK = "niah_multikey_1"
 
 app = typer.Typer(add_completion=False)
@@ -38,6 +37,7 @@ app = typer.Typer(add_completion=False)
 class Settings:
     """Sizes of the run; a result file holds those that it was made with."""
 
+    models: tuple[str, ...] = ("untrained", "dense", "sparse")
     steps: int = 32
     length: int = 2048
     lr: float = 1e-4
@@ -100,7 +100,7 @@ def sequences(settings: Settings, tokenizer: Any) -> list[tuple[Tensor, Tensor]]
 
 def rate(step: int, settings: Settings) -> float:
     """Linear warm-up, then linear decay to zero."""
-    left = (settings.steps - step) / (settings.steps - settings.warmup)
+    left = (settings.steps - step) / max(1, settings.steps - settings.warmup)
     return settings.lr * min((step + 1) / settings.warmup, left)
 
 
@@ -118,7 +118,7 @@ def tune(mode: str, settings: Settings, cells: Cells, work: Path) -> dict[str, A
     )
     folder = work / mode
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {**asdict(settings), "texts": None, "articles": None}
+    facts = {**asdict(settings), "texts": None, "articles": None, "models": None}
     step = checkpoint.resume(model, optimizer, folder, 0, facts)
     history = checkpoint.cut_log(folder / "log.jsonl", step)
     data = sequences(settings, tokenizer)
@@ -196,7 +196,7 @@ def measure(trained: str, mode: str, settings: Settings, work: Path) -> dict[str
 
 def plan(settings: Settings, cells: Cells, work: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Names and computations of all cells; each model is measured as soon as there is one."""
-    for trained in MODELS:
+    for trained in settings.models:
         if trained != "untrained":
             yield f"train {trained}", lambda t=trained: tune(t, settings, cells, work)
         for mode in ("dense", "sparse"):
@@ -223,7 +223,7 @@ def summary(cells: dict[str, Any], settings: Settings) -> dict[str, dict[str, An
 
 @app.command()
 def main(
-    quick: Annotated[bool, typer.Option(help="Smoke run: two short steps, to runs/.")] = False,
+    quick: Annotated[bool, typer.Option(help="Smoke run: one short step, to runs/.")] = False,
     out: Annotated[Path | None, typer.Option(help="Holds results/; beside this script.")] = None,
     work: Annotated[
         Path, typer.Option(help="Weights and checkpoints: 1 GB when done, 5 GB meanwhile.")
@@ -238,7 +238,10 @@ def main(
     run stopped. Needs the minicpm4 package, for its checkpoints."""
     settings = Settings()
     if quick:
-        settings = Settings(steps=2, length=640, warmup=1, articles=1, texts=((640, 1),))
+        settings = Settings(
+            models=("untrained", "sparse"), steps=1, length=640, warmup=1, articles=1,
+            texts=((640, 1),),
+        )  # fmt: skip
         work = work / "quick"
     cells = Cells("finetune", out or (QUICK if quick else HERE), asdict(settings), minutes)
     if not cells.fill(plan(settings, cells, work)):
