@@ -8,12 +8,21 @@
 namespace native {
 inline namespace NATIVE_LEVEL {
 
-// N columns at once, all in registers. STRIDE: distance of columns in B if it is known, else 0. `next` is memory
-// that will be read soon, or null: a cache line is asked for at each step (all at once would stall).
-template <class V, class Dot, int G, int N, int STRIDE, bool AHEAD>
+// What is done besides, a little at each step, on ports that the products leave free: nothing, or asking for cache
+// lines that will be read soon (all at once would stall). Others offer the same call: step k of `depth` of the columns
+// [n, n + N). They keep no state, which would be carried from step to step through memory.
+struct Nothing {
+    template <int N> void step(int, int, int) const {}
+};
+struct Fetch {
+    const char *next;
+    template <int N> void step(int n, int k, int depth) const { __builtin_prefetch(next + (n / N * depth + k) * 64, 0, 2); }
+};
+
+// N columns at once, all in registers. STRIDE: distance of columns in B if it is known, else 0.
+template <class V, class Dot, int G, int N, int STRIDE, class Aside>
 inline void columns(const typename Dot::Unit *b, ptrdiff_t bn, ptrdiff_t bk, const float *a, ptrdiff_t a_group,
-                    int depth, float *c, ptrdiff_t c_group, ptrdiff_t c_column, bool accumulate,
-                    const char *next) {
+                    int depth, float *c, ptrdiff_t c_group, ptrdiff_t c_column, bool accumulate, int first, const Aside &aside) {
     constexpr int L = V::L;
     const ptrdiff_t stride = STRIDE ? STRIDE : bn;
     typename V::T acc[N][G];
@@ -30,7 +39,7 @@ inline void columns(const typename Dot::Unit *b, ptrdiff_t bn, ptrdiff_t bk, con
 #pragma GCC unroll 2
             for (int g = 0; g < G; ++g) acc[n][g] = Dot::dot(acc[n][g], row[g], b + n * stride);
         b += bk;
-        if (AHEAD) __builtin_prefetch(next + k * 64, 0, 2);
+        aside.template step<N>(first, k, depth);
     }
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n)
@@ -38,31 +47,23 @@ inline void columns(const typename Dot::Unit *b, ptrdiff_t bn, ptrdiff_t bk, con
         for (int g = 0; g < G; ++g) V::store(c + g * c_group + n * c_column, acc[n][g]);
 }
 
-template <class V, class Dot, int G, int STRIDE, bool AHEAD>
-inline void all_columns(const typename Dot::Unit *b, ptrdiff_t bn, ptrdiff_t bk, const float *a, ptrdiff_t a_group,
-                        int depth, int count, float *c, ptrdiff_t c_group, ptrdiff_t c_column, bool accumulate,
-                        const char *next) {
-    constexpr int WIDE = V::REGISTERS == 32 ? 16 / G : 8 / G;
-    int n = 0;
-    for (; n + WIDE <= count; n += WIDE, next += AHEAD ? depth * 64 : 0)
-        columns<V, Dot, G, WIDE, STRIDE, AHEAD>(b + n * bn, bn, bk, a, a_group, depth, c + n * c_column, c_group, c_column, accumulate, next);
-    for (; n + 4 <= count; n += 4)
-        columns<V, Dot, G, 4, STRIDE, false>(b + n * bn, bn, bk, a, a_group, depth, c + n * c_column, c_group, c_column, accumulate, next);
-    for (; n < count; ++n)
-        columns<V, Dot, G, 1, STRIDE, false>(b + n * bn, bn, bk, a, a_group, depth, c + n * c_column, c_group, c_column, accumulate, next);
-}
+template <class V, int G> constexpr int columns_at_once() { return V::REGISTERS == 32 ? 16 / G : 8 / G; }
 
 // All `count` columns. A is [group][depth][L], C is [group][count][L] unless its columns are `c_column` apart, in
-// floats (a unit in A is a lane's float, or its pair of bfloat16 in 32 bits). With 16 columns at a time `next` covers
-// as many bytes as B has.
-template <class V, class Dot, int G, int STRIDE = 0>
+// floats (a unit in A is a lane's float, or its pair of bfloat16 in 32 bits). `aside` has its turn at each step of as
+// many columns as go at once; those left over go without.
+template <class V, class Dot, int G, int STRIDE = 0, class Aside = Nothing>
 inline void broadcast_gemm(const typename Dot::Unit *b, ptrdiff_t bn, ptrdiff_t bk, const float *a, ptrdiff_t a_group,
-                           int depth, int count, float *c, ptrdiff_t c_group, bool accumulate, const char *next = nullptr,
+                           int depth, int count, float *c, ptrdiff_t c_group, bool accumulate, const Aside &aside = Aside(),
                            ptrdiff_t c_column = V::L) {
-    if (next)
-        all_columns<V, Dot, G, STRIDE, true>(b, bn, bk, a, a_group, depth, count, c, c_group, c_column, accumulate, next);
-    else
-        all_columns<V, Dot, G, STRIDE, false>(b, bn, bk, a, a_group, depth, count, c, c_group, c_column, accumulate, next);
+    constexpr int WIDE = columns_at_once<V, G>();
+    int n = 0;
+    for (; n + WIDE <= count; n += WIDE)
+        columns<V, Dot, G, WIDE, STRIDE>(b + n * bn, bn, bk, a, a_group, depth, c + n * c_column, c_group, c_column, accumulate, n, aside);
+    for (; n + 4 <= count; n += 4)
+        columns<V, Dot, G, 4, STRIDE>(b + n * bn, bn, bk, a, a_group, depth, c + n * c_column, c_group, c_column, accumulate, n, Nothing());
+    for (; n < count; ++n)
+        columns<V, Dot, G, 1, STRIDE>(b + n * bn, bn, bk, a, a_group, depth, c + n * c_column, c_group, c_column, accumulate, n, Nothing());
 }
 
 }  // namespace NATIVE_LEVEL

@@ -94,6 +94,14 @@ typedef struct {
 } infllm2_compress_args;
 int32_t infllm2_compress(const infllm2_compress_args *, int32_t ith, int32_t nth);
 
+// Writes `rows` new keys and values from row `at` on into the buffers k and v.
+typedef struct {
+    infllm2_tensor new_k, new_v, k, v;
+    int64_t batch, heads, rows, dim, at;
+    int32_t dtype, unused;
+} infllm2_append_args;
+int32_t infllm2_append(const infllm2_append_args *, int32_t ith, int32_t nth);
+
 int64_t infllm2_backward_work(const infllm2_shape *, int64_t block_size);       // bytes a thread
 int64_t infllm2_gradient_floats(const infllm2_shape *);
 int64_t infllm2_select_work(const infllm2_shape *, const infllm2_selection *);  // bytes a thread

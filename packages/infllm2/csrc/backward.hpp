@@ -78,7 +78,7 @@ template <class Format> struct BackwardUnit {
         const Source *v = static_cast<const Source *>(a->v.data) + unit.batch * a->v.batch + unit.head * a->v.head + start * a->v.row;
         const auto keys = Format::keys(k, a->k.row, n, unit.dim, unit.r.key_scratch);
         const auto values = Format::keys(v, a->v.row, n, unit.dim, value_rows);
-        const auto pairs = Format::values(k, a->k.row, n, unit.dim, unit.r.value_scratch);
+        const auto pairs = typename Format::Values(k, a->k.row, n, unit.dim, unit.r.value_scratch).finish(0);
         for (int i = 0, step; i < count; i += step) {
             step = i + 2 <= count ? 2 : 1;
             int32_t least = n, most = 0;
@@ -134,9 +134,9 @@ template <class Format> struct BackwardUnit {
         }
         int j = 0;
         for (; j + 2 <= wide; j += 2)
-            broadcast_gemm<V, Dot, 2>(s, units, 1, x + j * part, part, units, n, to + j * L, L, true, nullptr, stride);
+            broadcast_gemm<V, Dot, 2>(s, units, 1, x + j * part, part, units, n, to + j * L, L, true, Nothing(), stride);
         for (; j < wide; ++j)
-            broadcast_gemm<V, Dot, 1>(s, units, 1, x + j * part, part, units, n, to + j * L, L, true, nullptr, stride);
+            broadcast_gemm<V, Dot, 1>(s, units, 1, x + j * part, part, units, n, to + j * L, L, true, Nothing(), stride);
     }
 
     void visit_range(int64_t start, int64_t stop, const uint64_t *visitors) {

@@ -46,6 +46,22 @@ ENTRY(backward, infllm2_backward_args)
 ENTRY(gather, infllm2_backward_args)
 ENTRY(compress, infllm2_compress_args)
 
+int32_t infllm2_append(const infllm2_append_args *a, int32_t ith, int32_t nth) {
+    if (a->dtype != 0 && a->dtype != 1) return 1;
+    const int64_t size = a->dtype ? 2 : 4;
+    for (int64_t i = ith; i < a->batch * a->heads * a->rows; i += nth) {
+        const int64_t b = i / a->rows / a->heads, h = i / a->rows % a->heads, t = i % a->rows;
+        const auto copy = [&](const infllm2_tensor &from, const infllm2_tensor &to) {
+            std::memcpy(static_cast<char *>(const_cast<void *>(to.data)) + (b * to.batch + h * to.head + (a->at + t) * to.row) * size,
+                        static_cast<const char *>(from.data) + (b * from.batch + h * from.head + t * from.row) * size, a->dim * size);
+        };
+        copy(a->new_k, a->k);
+        copy(a->new_v, a->v);
+    }
+    return 0;
+}
+
+int32_t infllm2_steps(ParallelFor pool, const Step *steps, int32_t count) { return run_steps(pool, steps, count); }
 int32_t infllm2_parallel(ParallelFor pool, Operation operation, const void *args, int32_t nth) {
     return run_on(pool, operation, args, nth);
 }

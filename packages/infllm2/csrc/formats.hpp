@@ -19,7 +19,7 @@ template <class V, class S> struct FloatProducts {
     using Lanes = V;
     using Source = S;
     using Dot = FloatDot<V>;
-    static constexpr int EXP_DEGREE = 6;  // of the weights' exponential
+    static constexpr int EXP_DEGREE = 5;  // of the weights' exponential
     static int units(int n) { return n; }
     static void pack_query(const Source *q, int dim, float *out, int stride) {
         for (int d = 0; d < dim; ++d) out[d * stride] = to_float(q[d]);
@@ -39,7 +39,11 @@ template <class V, class S> struct FloatProducts {
 // float32: read where it lies.
 template <class V> struct Float32 : FloatProducts<V, float> {
     static Tile<float> keys(const float *k, ptrdiff_t row, int, int, float *) { return {k, row, 1}; }
-    static Tile<float> values(const float *v, ptrdiff_t row, int, int, float *) { return {v, 1, row}; }
+    struct Values : Nothing {
+        Tile<float> tile;
+        Values(const float *v, ptrdiff_t row, int, int, float *) : tile{v, 1, row} {}
+        Tile<float> finish(int) const { return tile; }
+    };
 };
 
 // bfloat16 without a bf16 dot product: widened tile by tile.
@@ -55,10 +59,11 @@ template <class V> struct Bf16Widened : FloatProducts<V, bf16> {
         widen(k, row, n, dim, scratch);
         return {scratch, dim, 1};
     }
-    static Tile<float> values(const bf16 *v, ptrdiff_t row, int n, int dim, float *scratch) {
-        widen(v, row, n, dim, scratch);
-        return {scratch, 1, dim};
-    }
+    struct Values : Nothing {
+        Tile<float> tile;
+        Values(const bf16 *v, ptrdiff_t row, int n, int dim, float *scratch) : tile{scratch, 1, dim} { widen(v, row, n, dim, scratch); }
+        Tile<float> finish(int) const { return tile; }
+    };
 };
 
 #if defined(__AVX512BF16__)
@@ -68,26 +73,45 @@ template <class V> struct Bf16Pairs {
     using Lanes = V;
     using Source = bf16;
     using Dot = PairDot<V>;
-    static constexpr int EXP_DEGREE = 4;  // weights are rounded to bfloat16
+    static constexpr int EXP_DEGREE = 3;  // weights are rounded to bfloat16
     static int units(int n) { return (n + 1) / 2; }
     static Tile<uint32_t> keys(const bf16 *k, ptrdiff_t row, int, int, float *) {
         return {reinterpret_cast<const uint32_t *>(k), row / 2, 1};
     }
-    static Tile<uint32_t> values(const bf16 *v, ptrdiff_t row, int n, int dim, float *scratch) {
-        uint32_t *out = reinterpret_cast<uint32_t *>(scratch);
-        for (int i = 0; i < n; i += 2, v += 2 * row, out += dim) {
-            const bool alone = i + 1 == n;
-            int d = 0;
-            for (; d + 32 <= dim; d += 32) {
-                const __m512i even = _mm512_loadu_si512(v + d);
-                const __m512i odd = alone ? _mm512_setzero_si512() : _mm512_loadu_si512(v + row + d);
-                _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(even, low_half(), odd));
-                _mm512_storeu_si512(out + d + 16, _mm512_permutex2var_epi16(even, high_half(), odd));
-            }
-            for (; d < dim; ++d) out[d] = v[d] | (alone ? 0u : uint32_t(v[row + d]) << 16);
+    // Values become pairs beside the product with their keys, whose steps hide the shuffles and stores: N columns take
+    // dim / 2 steps, in which 32 elements of a pair go at a time.
+    struct Values {
+        const bf16 *v;
+        ptrdiff_t row;
+        int n, dim;
+        uint32_t *out;
+        Values(const bf16 *values, ptrdiff_t stride, int count, int head_size, float *scratch)
+            : v(values), row(stride), n(count), dim(head_size), out(reinterpret_cast<uint32_t *>(scratch)) {}
+        template <int N> void step(int first, int k, int) const {
+            constexpr int EVERY = 32 / N, PAIRS = N / 2;
+            const int d = k / EVERY / PAIRS * 32;
+            if (k % EVERY == 0 && d + 32 <= dim) pair(first / 2 + k / EVERY % PAIRS, d);
         }
-        return {reinterpret_cast<const uint32_t *>(scratch), 1, dim};
-    }
+        // What is left once the first `done` columns had their steps.
+        Tile<uint32_t> finish(int done) const {
+            for (int i = done / 2; i < n / 2; ++i)
+                for (int d = 0; d + 32 <= dim; d += 32) pair(i, d);
+            const int even = n & ~1;
+            for (int d = dim & ~31; d < dim; ++d)
+                for (int i = 0; i < even; i += 2) out[i / 2 * dim + d] = v[i * row + d] | uint32_t(v[(i + 1) * row + d]) << 16;
+            for (int d = 0; n > even && d < dim; ++d) out[even / 2 * dim + d] = v[even * row + d];
+            return {out, 1, dim};
+        }
+
+      private:
+        void pair(int i, int d) const {
+            const bf16 *from = v + 2 * i * row + d;
+            uint32_t *to = out + i * dim + d;
+            const __m512i even = _mm512_loadu_si512(from), odd = _mm512_loadu_si512(from + row);
+            _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, low_half(), odd));
+            _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(even, high_half(), odd));
+        }
+    };
     static void pack_query(const bf16 *q, int dim, float *out, int stride) {
         for (int d = 0; d < dim; d += 2) {
             const uint32_t pair = q[d] | uint32_t(q[d + 1]) << 16;
@@ -123,20 +147,20 @@ template <class V> struct Bf16Pairs {
 
 // Columns a known distance apart cost no address arithmetic: the usual head sizes have their own copy. The rows of
 // the G lane groups lie `apart` floats from each other.
-template <class Format, int G>
+template <class Format, int G, class Aside = Nothing>
 inline void scores(const Tile<typename Format::Dot::Unit> &keys, int n, const float *q, ptrdiff_t apart, int depth, float *s,
-                   const char *next = nullptr) {
+                   const Aside &aside = Aside()) {
     using V = typename Format::Lanes;
     using Dot = typename Format::Dot;
     constexpr int GROUP = TILE * V::L;
     if (keys.column == 64)
-        broadcast_gemm<V, Dot, G, 64>(keys.data, 64, 1, q, apart, depth, n, s, GROUP, false, next);
+        broadcast_gemm<V, Dot, G, 64>(keys.data, 64, 1, q, apart, depth, n, s, GROUP, false, aside);
     else if (keys.column == 32)
-        broadcast_gemm<V, Dot, G, 32>(keys.data, 32, 1, q, apart, depth, n, s, GROUP, false, next);
+        broadcast_gemm<V, Dot, G, 32>(keys.data, 32, 1, q, apart, depth, n, s, GROUP, false, aside);
     else if (keys.column == 128)
-        broadcast_gemm<V, Dot, G, 128>(keys.data, 128, 1, q, apart, depth, n, s, GROUP, false, next);
+        broadcast_gemm<V, Dot, G, 128>(keys.data, 128, 1, q, apart, depth, n, s, GROUP, false, aside);
     else
-        broadcast_gemm<V, Dot, G>(keys.data, keys.column, 1, q, apart, depth, n, s, GROUP, false, next);
+        broadcast_gemm<V, Dot, G>(keys.data, keys.column, 1, q, apart, depth, n, s, GROUP, false, aside);
 }
 
 }  // namespace NATIVE_LEVEL

@@ -55,30 +55,44 @@ inline Rows rows_in(char *work, const infllm2_shape *s) {
     return r;
 }
 
+// Beside a tile's first product: asks for the next tile's keys, and makes the values ready.
+template <class Values> struct Prepare {
+    Fetch fetch;
+    const Values &values;
+    template <int N> void step(int n, int k, int depth) const {
+        fetch.step<N>(n, k, depth);
+        values.template step<N>(n, k, depth);
+    }
+};
+
 // One tile of n keys for G lane groups, `group` and the one `apart` groups further. visible: how many of the keys each
-// lane sees; null if all do.
-template <class Format, int G>
+// lane sees; null if all do. FIRST: nobody has attended to this tile before.
+template <class Format, int G, bool FIRST>
 inline void update(const Rows &r, ptrdiff_t group, ptrdiff_t apart, int depth, int dim, float scale, const Tile<typename Format::Dot::Unit> &keys,
-                   const Tile<typename Format::Dot::Unit> &values, int n, const int32_t *visible, const char *next_keys, const char *next_values) {
+                   const typename Format::Values &values, int n, const int32_t *visible, const char *next_keys, const char *next_values) {
     using V = typename Format::Lanes;
     using T = typename V::T;
     constexpr int L = V::L, GROUP = TILE * L;
     const ptrdiff_t q_size = ptrdiff_t(depth) * L, out_size = ptrdiff_t(dim) * L;
     float *s = r.scores;
-    scores<Format, G>(keys, n, r.q + group * q_size, apart * q_size, depth, s, next_keys);
+    if constexpr (FIRST)
+        scores<Format, G>(keys, n, r.q + group * q_size, apart * q_size, depth, s, Prepare<typename Format::Values>{{next_keys}, values});
+    else
+        scores<Format, G>(keys, n, r.q + group * q_size, apart * q_size, depth, s);
     const T factor = V::set(scale), never = V::set(-INFINITY);
     for (int g = 0; g < G; ++g) {
         float *x = s + g * GROUP, *top = r.top + (group + g * apart) * L, *sum = r.sum + (group + g * apart) * L;
-        T best = never;
-        for (int i = 0; i < n; ++i) {
-            T value = V::load(x + i * L);
-            if (visible) {
-                value = V::where_reached(i, visible + g * L, never, value);
-                V::store(x + i * L, value);
-            }
-            best = V::max(value, best);
-        }
-        const T before = V::load(top), now = V::max(before, V::mul(best, factor));
+        if (visible)
+            for (int i = 0; i < n; ++i) V::store(x + i * L, V::where_reached(i, visible + g * L, never, V::load(x + i * L)));
+        // Four at a time: a maximum or a sum waits for the one before it.
+        T best[4] = {never, never, never, never}, part[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+        int i = 0;
+        for (; i + 4 <= n; i += 4)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) best[j] = V::max(V::load(x + (i + j) * L), best[j]);
+        for (; i < n; ++i) best[0] = V::max(V::load(x + i * L), best[0]);
+        const T most = V::max(V::max(best[0], best[1]), V::max(best[2], best[3]));
+        const T before = V::load(top), now = V::max(before, V::mul(most, factor));
         const T minus = V::mul(now, V::set(-1.f));
         T total = V::load(sum);
         if (V::any_greater(now, before)) {
@@ -88,16 +102,28 @@ inline void update(const Rows &r, ptrdiff_t group, ptrdiff_t apart, int depth, i
             for (int d = 0; d < dim; ++d) V::store(o + d * L, V::mul(V::load(o + d * L), shrink));
             V::store(top, now);
         }
-        for (int i = 0; i < n; ++i) {
-            const T weight = V::template exp2<Format::EXP_DEGREE>(V::fma(V::load(x + i * L), factor, minus));
-            total = V::add(total, weight);
-            V::store(x + i * L, weight);
-        }
-        V::store(sum, total);
+        const auto weigh = [&](int key, T &sum_of) {
+            const T weight = V::template exp2<Format::EXP_DEGREE>(V::fma(V::load(x + key * L), factor, minus));
+            sum_of = V::add(sum_of, weight);
+            V::store(x + key * L, weight);
+        };
+        for (i = 0; i + 4 <= n; i += 4)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) weigh(i + j, part[j]);
+        for (; i < n; ++i) weigh(i, part[0]);
+        V::store(sum, V::add(total, V::add(V::add(part[0], part[1]), V::add(part[2], part[3]))));
         Format::pack_weights(x, n);
     }
-    broadcast_gemm<V, typename Format::Dot, G, 1>(values.data, values.column, values.step, s, GROUP, Format::units(n),
-                                                  dim, r.out + group * out_size, apart * out_size, true, next_values);
+    constexpr int AT_ONCE = columns_at_once<V, G>();
+    const auto tile = values.finish(FIRST ? n / AT_ONCE * AT_ONCE : n);
+    const auto weighted = [&](auto aside) {
+        broadcast_gemm<V, typename Format::Dot, G, 1>(tile.data, tile.column, tile.step, s, GROUP, Format::units(n), dim, r.out + group * out_size,
+                                                      apart * out_size, true, aside);
+    };
+    if constexpr (FIRST)
+        weighted(Fetch{next_values});
+    else
+        weighted(Nothing());
 }
 
 // The rows of queries [first, first + tokens) of one batch row and key-value head.
@@ -164,22 +190,26 @@ template <class Format> struct Unit {
         const Source *k = static_cast<const Source *>(a->k.data) + batch * a->k.batch + head * a->k.head + start * a->k.row;
         const Source *v = static_cast<const Source *>(a->v.data) + batch * a->v.batch + head * a->v.head + start * a->v.row;
         const auto keys = Format::keys(k, a->k.row, n, dim, r.key_scratch);
-        const auto values = Format::values(v, a->v.row, n, dim, r.value_scratch);
+        const typename Format::Values values(v, a->v.row, n, dim, r.value_scratch);
         const bool ahead = next >= 0 && a->k.row == dim && a->v.row == dim;
-        const char *next_keys = ahead ? reinterpret_cast<const char *>(k + (next - start) * a->k.row) : nullptr;
-        const char *next_values = ahead ? reinterpret_cast<const char *>(v + (next - start) * a->v.row) : nullptr;
+        const char *next_keys = reinterpret_cast<const char *>(ahead ? k + (next - start) * a->k.row : k);
+        const char *next_values = reinterpret_cast<const char *>(ahead ? v + (next - start) * a->v.row : v);
         const int count = find_active(start, visitors);
         for (int i = 0, step; i < count; i += step) {
             step = i + 2 <= count ? 2 : 1;
             const int g = r.active[i], apart = r.active[i + step - 1] - g;
             int32_t least = n, most = 0;
             for (int j = 0; j < step; ++j) count_seen(g + j * apart, start, n, visitors, r.visible + j * L, &least, &most);
-            const int32_t *visible = least < n ? r.visible : nullptr;
-            if (step == 2)
-                update<Format, 2>(r, g, apart, depth, dim, a->scale * LOG2E, keys, values, n, visible, next_keys, next_values);
+            const auto with = [&](auto groups_at_once, auto first) {
+                update<Format, decltype(groups_at_once)::value, decltype(first)::value>(r, g, apart, depth, dim, a->scale * LOG2E, keys, values, n,
+                                                                                        least < n ? r.visible : nullptr, next_keys, next_values);
+            };
+            using One = std::integral_constant<int, 1>;
+            using Two = std::integral_constant<int, 2>;
+            if (i == 0)
+                step == 2 ? with(Two(), std::true_type()) : with(One(), std::true_type());
             else
-                update<Format, 1>(r, g, apart, depth, dim, a->scale * LOG2E, keys, values, n, visible, next_keys, next_values);
-            next_keys = next_values = nullptr;
+                step == 2 ? with(Two(), std::false_type()) : with(One(), std::false_type());
         }
     }
 

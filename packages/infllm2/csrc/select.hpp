@@ -88,9 +88,12 @@ template <class Format> struct Selector {
     // Logits (not scaled) of kernels [start, start + n) for G lane groups from g on; more to come up to `most`.
     template <int G> void logits(const infllm2_tensor &kernels, int64_t start, int n, int64_t most, int g) {
         const Source *k = static_cast<const Source *>(kernels.data) + batch * kernels.batch + head * kernels.head + start * kernels.row;
-        const bool ahead = G == 1 && start + 2 * TILE <= most && kernels.row == dim;
-        scores<Format, G>(Format::keys(k, kernels.row, n, dim, r.key_scratch), n, r.q + ptrdiff_t(g) * depth * L, ptrdiff_t(depth) * L, depth, r.scores,
-                          ahead ? reinterpret_cast<const char *>(k + TILE * kernels.row) : nullptr);
+        const auto keys = Format::keys(k, kernels.row, n, dim, r.key_scratch);
+        const float *q = r.q + ptrdiff_t(g) * depth * L;
+        if (G == 1 && start + 2 * TILE <= most && kernels.row == dim)
+            scores<Format, G>(keys, n, q, 0, depth, r.scores, Fetch{reinterpret_cast<const char *>(k + TILE * kernels.row)});
+        else
+            scores<Format, G>(keys, n, q, ptrdiff_t(depth) * L, depth, r.scores);
     }
 
     // How many kernels each lane of a pair of groups sees; returns the fewest and the most of real rows.
@@ -152,23 +155,33 @@ template <class Format> struct Selector {
                     if (start + n > fewest) share = V::where_reached(int(start) + j, r.visible + i * L, zero, share);
                     V::store(x + j * L, share);
                 }
-                // Sum over the heads of a token, in their order.
-                for (int j0 = 0; j0 < n; j0 += L) {
-                    const int some = n - j0 < L ? n - j0 : L;
-                    V::transpose(x + j0 * L, r.turned);
-                    for (int lane = 0; lane < L && (g + i) * L + lane < rows; ++lane) {
-                        const int row = (g + i) * L + lane;
-                        float *to = r.tokens + row / group * r.width + overlap + start + j0;
-                        const float *from = r.turned + lane * L;
-                        if (row % group == 0)
-                            std::memcpy(to, from, sizeof(float) * some);
-                        else if (some == L)
-                            V::store(to, V::add(V::load(to), V::load(from)));
-                        else
-                            for (int j = 0; j < some; ++j) to[j] += from[j];
-                    }
-                }
+                for (int j = 0; j < n; j += L) add_heads(x + j * L, (g + i) * L, n - j < L ? n - j : L, overlap + start + j);
             }
+        }
+    }
+
+    // Adds the shares [n][L] of the rows from `row` on to their tokens' scores from `at` on, head by head in order.
+    void add_heads(const float *shares, int row, int n, int64_t at) {
+        if (group % L == 0 && n == L) {  // one token's
+            float *to = r.tokens + row / group * r.width + at;
+            T lane[L];
+            V::transpose(shares, lane);
+            T total = row % group ? V::add(V::load(to), lane[0]) : lane[0];
+#pragma GCC unroll 16
+            for (int i = 1; i < L; ++i) total = V::add(total, lane[i]);
+            return V::store(to, total);
+        }
+        T lane[L];
+        V::transpose(shares, lane);
+        for (int i = 0; i < L && row + i < rows; ++i) {
+            float *to = r.tokens + (row + i) / group * r.width + at;
+            V::store(r.turned, lane[i]);
+            if ((row + i) % group == 0)
+                std::memcpy(to, r.turned, sizeof(float) * n);
+            else if (n == L)
+                V::store(to, V::add(V::load(to), lane[i]));
+            else
+                for (int j = 0; j < n; ++j) to[j] += r.turned[j];
         }
     }
 

@@ -40,9 +40,15 @@ inline void from_float(float x, bf16 *out) {  // round to nearest even; NaN stay
 
 constexpr float LOG2E = 1.44269504088896340736f, LN2 = 0.69314718055994530942f;
 constexpr float LOWEST = -1e30f;  // "no maximum yet": finite, so that differences of it are numbers
-// 2^f on [-1/2, 1/2] by its Taylor polynomial: relative error below 2e-7 with degree 6, 5e-5 with degree 4 (a
-// twentieth of a bfloat16's rounding).
-constexpr float EXP2[] = {1.f, 0.69314718f, 0.24022651f, 0.05550411f, 0.00961813f, 0.00133336f, 0.00015404f};
+// 2^f on [0, 1) by polynomials of least relative error with p(0) = 1: below 9e-5 (a twentieth of a bfloat16's rounding)
+// with degree 3, 1.5e-7 in float32 with degree 5.
+template <int DEGREE> struct Polynomial;
+template <> struct Polynomial<3> {
+    static constexpr float at[] = {1.f, 0.695116758f, 0.227644995f, 0.0770670474f};
+};
+template <> struct Polynomial<5> {
+    static constexpr float at[] = {1.f, 0.693151295f, 0.240164444f, 0.0557999127f, 0.00901703071f, 0.00186713005f};
+};
 
 // ---- eight or sixteen lanes, without intrinsics: any processor
 template <int N> struct Plain {
@@ -63,12 +69,12 @@ template <int N> struct Plain {
         for (int i = 0; i < N; ++i) if (index < bound[i]) a.x[i] = b.x[i];
         return a;
     }
-    template <int DEGREE = 6> static T exp2(T a) {
+    template <int DEGREE = 5> static T exp2(T a) {
         for (float &x : a.x) { const float c = -200.f > x ? -200.f : x; x = std::exp2(c); }
         return a;
     }
-    static void transpose(const float *x, float *out) {  // L vectors of L lanes
-        for (int i = 0; i < N; ++i) for (int j = 0; j < N; ++j) out[j * N + i] = x[i * N + j];
+    static void transpose(const float *x, T *out) {  // L vectors of L lanes
+        for (int i = 0; i < N; ++i) for (int j = 0; j < N; ++j) out[j].x[i] = x[i * N + j];
     }
     static void load_bf16(const bf16 *p, float *out) { for (int i = 0; i < N; ++i) out[i] = to_float(p[i]); }
 };
@@ -96,23 +102,21 @@ struct Ymm {
         return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(below));
     }
 #if defined(__AVX512VL__)
-    template <int DEGREE = 6> static T exp2(T a) {
-        a = max(set(-200.f), a);
-        const T n = _mm256_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        const T f = _mm256_sub_ps(a, n);
-        T p = set(EXP2[DEGREE]);
+    template <int DEGREE = 5> static T exp2(T a) {
+        const T f = _mm256_sub_ps(a, _mm256_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+        T p = set(Polynomial<DEGREE>::at[DEGREE]);
 #pragma GCC unroll 6
-        for (int i = DEGREE - 1; i >= 0; --i) p = fma(p, f, set(EXP2[i]));
-        return _mm256_scalef_ps(p, n);
+        for (int i = DEGREE - 1; i >= 0; --i) p = fma(p, f, set(Polynomial<DEGREE>::at[i]));
+        return _mm256_scalef_ps(p, a);  // by 2^floor(a)
     }
 #else
-    template <int DEGREE = 6> static T exp2(T a) {
+    template <int DEGREE = 5> static T exp2(T a) {
         a = max(set(-126.f), a);  // below, flush to the smallest normal number, which then rounds away
-        const T n = _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const T n = _mm256_floor_ps(a);
         const T f = _mm256_sub_ps(a, n);
-        T p = set(EXP2[DEGREE]);
+        T p = set(Polynomial<DEGREE>::at[DEGREE]);
 #pragma GCC unroll 6
-        for (int i = DEGREE - 1; i >= 0; --i) p = fma(p, f, set(EXP2[i]));
+        for (int i = DEGREE - 1; i >= 0; --i) p = fma(p, f, set(Polynomial<DEGREE>::at[i]));
         // 2^n by its exponent bits, in two halves so that n up to 128 and beyond ends at infinity.
         const T capped = _mm256_min_ps(n, set(252.f));
         const __m256i e = _mm256_cvtps_epi32(capped);
@@ -126,7 +130,7 @@ struct Ymm {
         return _mm256_blendv_ps(_mm256_andnot_ps(tiny, value), a, odd);
     }
 #endif
-    static void transpose(const float *x, float *out) {
+    static void transpose(const float *x, T *out) {
         T a[8], b[8];
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) a[i] = load(x + i * 8);
@@ -139,8 +143,8 @@ struct Ymm {
         }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-            store(out + i * 8, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-            store(out + (i + 4) * 8, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+            out[i] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
+            out[i + 4] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
         }
     }
     static void load_bf16(const bf16 *p, float *out) {
@@ -167,16 +171,14 @@ struct Zmm {
         const __mmask16 below = _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(bound), _mm512_set1_epi32(index));
         return _mm512_mask_blend_ps(below, a, b);
     }
-    template <int DEGREE = 6> static T exp2(T a) {
-        a = max(set(-200.f), a);
-        const T n = _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        const T f = _mm512_sub_ps(a, n);
-        T p = set(EXP2[DEGREE]);
+    template <int DEGREE = 5> static T exp2(T a) {
+        const T f = _mm512_sub_ps(a, _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+        T p = set(Polynomial<DEGREE>::at[DEGREE]);
 #pragma GCC unroll 6
-        for (int i = DEGREE - 1; i >= 0; --i) p = fma(p, f, set(EXP2[i]));
-        return _mm512_scalef_ps(p, n);
+        for (int i = DEGREE - 1; i >= 0; --i) p = fma(p, f, set(Polynomial<DEGREE>::at[i]));
+        return _mm512_scalef_ps(p, a);  // by 2^floor(a)
     }
-    static void transpose(const float *x, float *out) {
+    static void transpose(const float *x, T *out) {
         T a[16], b[16];
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) a[i] = load(x + i * 16);
@@ -195,10 +197,10 @@ struct Zmm {
         }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-            store(out + i * 16, _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88));
-            store(out + (i + 8) * 16, _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd));
-            store(out + (i + 4) * 16, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88));
-            store(out + (i + 12) * 16, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd));
+            out[i] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88);
+            out[i + 8] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd);
+            out[i + 4] = _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88);
+            out[i + 12] = _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd);
         }
     }
     static void load_bf16(const bf16 *p, float *out) {

@@ -113,6 +113,11 @@ def infllmv2_attention(
             other sizes; `cu_seqlens` that do not fit or come with a cache; `use_nope` without
             `unrotated`, or with a cache.
     """
+    if cache is not None and cu_seqlens is None:
+        store = getattr(cache, "store", cache)  # a layer of `SparseCache` has one
+        step = getattr(store, "step", None)
+        if step is not None and step.fits(store, q, k, v, config, backend):
+            return step.run(store, q, k, v)
     # Whatever is wrong is found before a cache changes.
     check_config(config)
     check_qk(q, k, aligned=cache is not None)
@@ -132,10 +137,14 @@ def infllmv2_attention(
                 "use_nope=True scores with keys before rotary embedding, which a cache does not "
                 "hold: pass all keys, and unrotated=(q, k), without a cache"
             )
-        backends.choose(backend, backends.Inputs.of(q, k))
+        chosen = backends.choose(backend, backends.Inputs.of(q, k))
         k, v = cache.update(k, v)
         keys = store.compressed
-    return attend(q, k, v, config, keys=keys, unrotated=unrotated, backend=backend)[0]
+    out = attend(q, k, v, config, keys=keys, unrotated=unrotated, backend=backend)[0]
+    if cache is not None and q.shape[2] == 1 and hasattr(chosen, "step"):
+        # Once for many: the next tokens come along the same way.
+        store.step = chosen.step(store, q, config, backend, dense_below(config, q, k, backend))
+    return out
 
 
 @eager

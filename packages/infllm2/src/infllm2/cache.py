@@ -26,8 +26,26 @@ class SparseLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, config: InfLLMv2Config) -> None:
-        super().__init__()
         self.store = LayerCache(config)
+        super().__init__()
+
+    @property
+    def keys(self) -> Tensor | None:
+        """`[B, Hkv, length, D]`, or None."""
+        return self.store.keys
+
+    @property
+    def values(self) -> Tensor | None:
+        """`[B, Hkv, length, D]`, or None."""
+        return self.store.values
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        _refuse(value)
+
+    @values.setter
+    def values(self, value: None) -> None:
+        _refuse(value)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember dtype and device; memory is taken by the first update."""
@@ -41,7 +59,6 @@ class SparseLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.store.update(key_states, value_states)
-        self._refresh()
         keys.infllm2_cache = self.store
         return keys, values
 
@@ -60,7 +77,6 @@ class SparseLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.store.reset()
-        self.keys = self.values = None
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -78,12 +94,10 @@ class SparseLayer(CacheLayerMixin):
                 "length_to_keep - cache.get_seq_length()"
             )
         self.store.crop(max(0, self.store.length + tokens_to_remove))
-        self._refresh()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was."""
         self.store.reorder(beam_idx)
-        self._refresh()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, one beside the other."""
@@ -97,8 +111,11 @@ class SparseLayer(CacheLayerMixin):
             rows = torch.arange(self.store.keys.shape[0], device=indices.device)[indices]
             self.reorder_cache(rows)
 
-    def _refresh(self) -> None:
-        self.keys, self.values = self.store.keys, self.store.values
+
+def _refuse(value: Tensor | None) -> None:
+    """The base class sets None first; more would part the keys from their compressed ones."""
+    if value is not None:
+        raise AttributeError("keys and values of a SparseCache change through update and crop only")
 
 
 class SparseCache(Cache):

@@ -29,25 +29,28 @@ class LayerCache:
         keys, values: `[B, Hkv, length, D]`, views of the buffers; None before the first update.
             Tokens that come after a `crop` overwrite what older views show.
         length: tokens held.
+        key_buffer, value_buffer: what keys and values are views of: `[B, Hkv, room, D]`, or None.
+        step: what is kept between decoding steps, by `infllm2.attention`.
     """
 
     def __init__(self, config: InfLLMv2Config) -> None:
         self.config = config
         self.length = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self.key_buffer: Tensor | None = None
+        self.value_buffer: Tensor | None = None
+        self.step: Any = None
         # By (rows, first token): kernels of left-padded rows are counted from their own start.
         self._kernels: dict[tuple[tuple[int, ...] | None, int], _Kernels] = {}
 
     @property
     def keys(self) -> Tensor | None:
         """`[B, Hkv, length, D]`."""
-        return None if self._keys is None else self._keys[:, :, : self.length]
+        return None if self.key_buffer is None else self.key_buffer[:, :, : self.length]
 
     @property
     def values(self) -> Tensor | None:
         """`[B, Hkv, length, D]`."""
-        return None if self._values is None else self._values[:, :, : self.length]
+        return None if self.value_buffer is None else self.value_buffer[:, :, : self.length]
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append tokens, and return everything.
@@ -69,7 +72,7 @@ class LayerCache:
                 "new keys and values must be [batch, key-value heads, length, head size] of one "
                 f"batch, heads and length, got {tuple(k.shape)} and {tuple(v.shape)}"
             )
-        for name, x, held in (("keys", k, self._keys), ("values", v, self._values)):
+        for name, x, held in (("keys", k, self.key_buffer), ("values", v, self.value_buffer)):
             if held is not None and _kind(x) != _kind(held):
                 raise ValueError(
                     f"new {name} {tuple(x.shape)} of {x.dtype} on {x.device} do not fit the cache "
@@ -77,12 +80,12 @@ class LayerCache:
                     f"{held.device}: one cache serves one batch, reset() it for another"
                 )
         end = self.length + k.shape[2]
-        self._keys, self._values = (
-            self._grown(self._keys, k, end),
-            self._grown(self._values, v, end),
+        self.key_buffer, self.value_buffer = (
+            self._grown(self.key_buffer, k, end),
+            self._grown(self.value_buffer, v, end),
         )
-        self._keys[:, :, self.length : end] = k.detach()
-        self._values[:, :, self.length : end] = v.detach()
+        self.key_buffer[:, :, self.length : end] = k.detach()
+        self.value_buffer[:, :, self.length : end] = v.detach()
         self.length = end
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             return _Held.apply(self.keys, k), _Held.apply(self.values, v)
@@ -106,6 +109,7 @@ class LayerCache:
         if buffer is not None and buffer.shape[2] >= needed:
             return buffer
         B, K, _, D = like.shape
+        self.step = None  # it would keep the old buffer alive
         block = self.config.block_size
         # The first call is a prompt, most often: room for an answer, not half as much again.
         size = needed + 4 * block if buffer is None else int(GROWTH * needed) + block
@@ -125,13 +129,18 @@ class LayerCache:
             end: the token after the last; all by default.
             rows: rows of the batch; all by default.
         """
-        assert self._keys is not None
+        assert self.key_buffer is not None
         end = self.length if end is None else end
         if end - start <= self.config.budget * self.config.block_size:  # nothing to choose
-            none = self._keys[:, :, :0] if rows is None else self._keys[list(rows), :, :0]
+            none = self.key_buffer[:, :, :0] if rows is None else self.key_buffer[list(rows), :, :0]
             return CompressedKeys(none, none, end - start)
         kernels = self._kernels.setdefault((rows, start), _Kernels(self.config))
-        return kernels.up_to(self._keys, rows, start, end)
+        return kernels.up_to(self.key_buffer, rows, start, end)
+
+    @property
+    def kernels(self) -> _Kernels | None:
+        """Compressed keys of whole rows; None as long as nobody asked for any."""
+        return self._kernels.get((None, 0))
 
     def crop(self, length: int) -> None:
         """Forget tokens from `length` on; nothing happens if there are none."""
@@ -147,11 +156,11 @@ class LayerCache:
         Args:
             rows: int64 `[new batch]`.
         """
-        if self._keys is None:
+        if self.key_buffer is None:
             return
-        rows = rows.to(self._keys.device)
+        rows, self.step = rows.to(self.key_buffer.device), None
         with torch.inference_mode(False):
-            self._keys, self._values = self._keys[rows], self._values[rows]
+            self.key_buffer, self.value_buffer = self.key_buffer[rows], self.value_buffer[rows]
         whole = {key: kernels for key, kernels in self._kernels.items() if key[0] is None}
         for kernels in whole.values():
             kernels.reorder(rows)
@@ -159,7 +168,7 @@ class LayerCache:
 
     def reset(self) -> None:
         """Forget everything, buffers too."""
-        self.length, self._keys, self._values = 0, None, None
+        self.length, self.key_buffer, self.value_buffer, self.step = 0, None, None, None
         self._kernels = {}
 
 

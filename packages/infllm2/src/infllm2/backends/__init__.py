@@ -5,7 +5,9 @@ answers with a reason. `backend="auto"` takes the first of `ORDER` that can run 
 once; a backend asked for by name runs or raises. It may also have, for calls without gradient:
 
 - `run(q, k, v, fine, coarse, config, scale) -> (out, blocks)`: both steps in one;
-- `dense(q, k, v, scale) -> out`: causal attention of the last T of S positions.
+- `dense(q, k, v, scale) -> out`: causal attention of the last T of S positions;
+- `step(store, q, config, backend, dense_below)`: an object with `fits` and `run`, which decodes the
+  next tokens of a cache (see `cpu_decode.py`).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from infllm2.backends import Inputs
+from infllm2.backends.cpu_decode import DecodeStep
 from infllm2.backends.cpu_library import (
     DTYPES,
     AttendArgs,
@@ -27,6 +28,7 @@ from infllm2.backends.cpu_library import (
     strided,
 )
 from infllm2.config import COARSE_FACTOR, InfLLMv2Config
+from infllm2.layer_cache import LayerCache
 
 # Rows (tokens × heads of a group) that are done together; `MOST_ROWS` of `csrc/rows.hpp`.
 ROWS = 512
@@ -106,15 +108,27 @@ class CpuBackend:
             shape, selection = shape_of(q, K, S), selection_of(config, D)
             mine, theirs, _ = library.sizes(shape, config.block_size, selection)
             work = library.scratch(threads * (mine + theirs))
-            args = RunArgs(
+            select = SelectArgs(
                 *shape, *selection, *strided(q), *strided(fine), *strided(coarse),
                 blocks.data_ptr(), work, mine,
+            )  # fmt: skip
+            attend = AttendArgs(
                 *shape, *strided(q), *strided(k), *strided(v),
                 blocks.data_ptr(), config.budget, out.data_ptr(), None, work + threads * mine,
                 theirs, None, 1, _tile(B * K, T, H // K, threads), config.block_size, scale,
             )  # fmt: skip
-            library.run(args, threads)
+            library.run(RunArgs(select, attend), threads)
         return out, blocks
+
+    def step(
+        self, store: LayerCache, q: Tensor, config: InfLLMv2Config, backend: str, dense_below: int
+    ) -> DecodeStep | None:
+        """What the next tokens of this cache go through; None where it has to be the long way."""
+        if config.compat is not None or torch._C._functorch.peek_interpreter_stack():
+            return None
+        if store.length == config.budget * config.block_size:
+            return None  # the next token is the first with something to choose from
+        return DecodeStep(store, q, config, backend, dense_below)
 
 
 BACKEND = CpuBackend()

@@ -21,6 +21,7 @@ from infllm2 import _native
 from infllm2.config import COARSE_FACTOR, InfLLMv2Config
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+OPERATIONS = ("select", "attend", "merge", "run", "backward", "gather", "compress", "append")
 
 
 def _fields(kind: Any, prefix: str, names: str) -> list[tuple[str, Any]]:
@@ -33,13 +34,13 @@ def _strided(name: str) -> list[tuple[str, Any]]:
 
 _SHAPE = [
     *_fields(c_int64, "", "batch kv_heads group queries keys dim"),
-    *_fields(c_int32, "", "dtype unused"),
+    *_fields(c_int32, "", "dtype shape_unused"),
 ]
 _SELECTION = [
     *_fields(c_int32, "", "kernel_size kernel_stride coarse_factor block_size"),
     *_fields(c_int32, "", "init_blocks window_blocks budget exact"),
-    ("scale", c_float),
-    ("unused", c_int32),
+    ("selection_scale", c_float),
+    ("selection_unused", c_int32),
 ]
 _SELECT = [
     *_SHAPE,
@@ -68,7 +69,7 @@ _ATTEND = [
 _BACKWARD = [
     *_ATTEND,
     *_strided("grad"),
-    *_fields(c_void_p, "", "lse delta grad_q grad_k grad_v gradients"),
+    *_fields(c_void_p, "", "given_lse delta grad_q grad_k grad_v gradients"),
     ("slots", c_int64),
 ]
 
@@ -80,10 +81,18 @@ _COMPRESS = [
     *_fields(c_int32, "", "kernel_size kernel_stride coarse_factor dtype"),
 ]
 
+_APPEND = [
+    *_strided("new_k"),
+    *_strided("new_v"),
+    *_strided("k"),
+    *_strided("v"),
+    *_fields(c_int64, "", "batch heads rows dim at"),
+    *_fields(c_int32, "", "dtype unused"),
+]
 
-def _structure(name: str, *parts: list[tuple[str, Any]]) -> type[Structure]:
-    flat = [(f"f{i}_{n}", kind) for i, (n, kind) in enumerate(f for part in parts for f in part)]
-    return type(name, (Structure,), {"_fields_": flat})
+
+def _structure(name: str, fields: list[tuple[str, Any]]) -> type[Structure]:
+    return type(name, (Structure,), {"_fields_": fields})
 
 
 # Built from the tuples below, in the order of csrc/args.h.
@@ -91,9 +100,10 @@ Shape = _structure("Shape", _SHAPE)
 Selection = _structure("Selection", _SELECTION)
 SelectArgs = _structure("SelectArgs", _SELECT)
 AttendArgs = _structure("AttendArgs", _ATTEND)
-RunArgs = _structure("RunArgs", _SELECT, _ATTEND)
+RunArgs = _structure("RunArgs", [("select", SelectArgs), ("attend", AttendArgs)])
 BackwardArgs = _structure("BackwardArgs", _BACKWARD)
 CompressArgs = _structure("CompressArgs", _COMPRESS)
+AppendArgs = _structure("AppendArgs", _APPEND)
 
 
 def shape_of(q: Tensor, kv_heads: int, keys: int) -> tuple[int, ...]:
@@ -121,14 +131,15 @@ class Kernels:
     """The loaded library: its operations, sizes and level.
 
     Attributes:
-        select, attend, merge, run, backward, gather, compress: operations; see `csrc/args.h`.
+        select, attend, merge, run, backward, gather, compress, append: operations; see
+            `csrc/args.h`.
         level: instruction set in use: "scalar", "avx2", "avx512" or "avx512_bf16".
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        names = ("select", "attend", "merge", "run", "backward", "gather", "compress")
-        for name in names:
+        for name in OPERATIONS:
             setattr(self, name, _native.Operation(library, "infllm2", name))
+        self._library = library
         self._select_work = _sizer(library.infllm2_select_work, 2)
         self._attend_work = _sizer(library.infllm2_attend_work, 1, 1)
         self._backward_work = _sizer(library.infllm2_backward_work, 1, 1)
@@ -168,6 +179,10 @@ class Kernels:
         """(bytes a thread, floats of one accumulator) for `backward`."""
         ours = ctypes.byref(Shape(*shape))
         return self._backward_work(ours, block_size), self._gradient_floats(ours)
+
+    def steps(self, steps: list[tuple[_native.Operation, Structure, int]]) -> _native.Steps:
+        """Operations that run one after the other in one call: (operation, structure, threads)."""
+        return _native.Steps(self._library, "infllm2", steps)
 
     def scratch(self, size: int) -> int:
         """Address of at least `size` bytes, this Python thread's own until its next call."""
