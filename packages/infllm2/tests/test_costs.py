@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -65,3 +67,28 @@ def test_bad_sizes() -> None:
         costs(0, 2, 2, 8, SMALL)
     with pytest.raises(ValueError, match="heads must be a multiple of kv_heads, got 3 and 2"):
         costs(10, 3, 2, 8, SMALL)
+
+
+PREFILL = """
+import resource, torch
+from infllm2 import InfLLMv2Config, infllmv2_attention
+torch.set_num_threads(1)
+q, k, v = (torch.randn(1, h, 16384, 32).bfloat16() for h in (8, 2, 2))
+config = InfLLMv2Config(dense_len=-1)
+infllmv2_attention(*(x[:, :, :7000] for x in (q, k, v)), config)  # whatever is loaded lazily
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+out = infllmv2_attention(q, k, v, config, backend="cpu")
+print(peak() - before - out.nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_prefill_takes_no_more_memory_than_the_closed_form(backend: str) -> None:
+    """And that is under 300 MB for MiniCPM4-8B at 128K tokens."""
+    del backend  # skips the test where the kernels were not built
+    grown = int(subprocess.check_output([sys.executable, "-c", PREFILL], text=True))
+    wanted = costs(16384, 8, 2, 32, InfLLMv2Config(dense_len=-1)).prefill_extra_bytes
+    assert grown < 1.1 * wanted + 8e6
+    assert costs(131072, 32, 2, 128, InfLLMv2Config()).prefill_extra_bytes < 200e6

@@ -32,6 +32,7 @@ class Costs:
         compressed_bytes: compressed keys, fine and coarse.
         score_matrix_bytes: scores of all queries against all fine kernels (float32, one per
             key-value head), which a tiled selection never holds.
+        block_list_bytes: the chosen blocks of all queries (int32).
     """
 
     tokens: int
@@ -47,6 +48,7 @@ class Costs:
     cache_bytes: int
     compressed_bytes: int
     score_matrix_bytes: int
+    block_list_bytes: int
 
     @property
     def prefill_speedup(self) -> float:
@@ -57,6 +59,11 @@ class Costs:
     def decode_speedup(self) -> float:
         """Bound on the gain per decoded token: ratio of bytes."""
         return self.dense_decode_bytes / (self.sparse_decode_bytes + self.score_decode_bytes)
+
+    @property
+    def prefill_extra_bytes(self) -> int:
+        """Memory that prefilling the whole prompt in one call takes beyond inputs and output."""
+        return self.compressed_bytes + self.block_list_bytes
 
     @property
     def visited_share(self) -> float:
@@ -125,6 +132,7 @@ def costs(
         cache_bytes=2 * token_bytes * tokens,
         compressed_bytes=token_bytes * sum(_kernels(tokens, *k) for k in {fine, passes[0]}),
         score_matrix_bytes=4 * kv_heads * tokens * _kernels(tokens, *fine),
+        block_list_bytes=4 * kv_heads * tokens * config.budget,
     )
 
 
