@@ -120,8 +120,8 @@ def explain(
     console.print(
         f"Memory: cache {c.cache_bytes / 1e6:,.4g} MB, compressed keys "
         f"{c.compressed_bytes / 1e6:,.3g} MB ({c.compressed_bytes / c.cache_bytes:.1%}); prefill "
-        f"in one call takes {c.prefill_extra_bytes / 1e6:,.3g} MB beside inputs and output; scores of "
-        f"all queries at once would be {c.score_matrix_bytes / 1e6:,.4g} MB, which no backend but "
+        f"in one call takes {c.prefill_extra_bytes / 1e6:,.3g} MB beside inputs and output; scores "
+        f"of all queries at once would be {c.score_matrix_bytes / 1e6:,.4g} MB, which no backend but "
         "the reference ever holds.",
         highlight=False,
     )
