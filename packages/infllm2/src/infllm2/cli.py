@@ -120,9 +120,9 @@ def explain(
     console.print(
         f"Memory: cache {c.cache_bytes / 1e6:,.4g} MB, compressed keys "
         f"{c.compressed_bytes / 1e6:,.3g} MB ({c.compressed_bytes / c.cache_bytes:.1%}); prefill "
-        f"in one call takes {c.prefill_extra_bytes / 1e6:,.3g} MB beside inputs and output; scores "
-        f"of all queries at once would be {c.score_matrix_bytes / 1e6:,.4g} MB, which no backend but "
-        "the reference ever holds.",
+        f"in one call takes {c.prefill_extra_bytes / 1e6:,.3g} MB beside inputs and output; "
+        f"scores of all queries at once: {c.score_matrix_bytes / 1e6:,.4g} MB, which only the "
+        "reference ever holds.",
         highlight=False,
     )
 
