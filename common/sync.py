@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 PACKAGES = HERE.parent / "packages"
 HEADER = "{comment} Copied from common/{name} by common/sync.py: change it there.\n"
 
-NATIVE = ["infllm2"]  # tools with C++ kernels
+NATIVE = ["infllm2", "bitcpm"]  # tools with C++ kernels
 
 # Which tool holds a copy of what: Python beside its own, the rest in csrc/native/.
 COPIES = {
@@ -21,9 +21,9 @@ COPIES = {
     "_cli.py": ["testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu", "infllm2"],
     "_native.py": NATIVE,
     "native/Native.cmake": NATIVE,
-    "native/broadcast_gemm.hpp": NATIVE,
+    "native/broadcast_gemm.hpp": ["infllm2"],
     "native/cpu_level.hpp": NATIVE,
-    "native/lanes.hpp": NATIVE,
+    "native/lanes.hpp": ["infllm2"],
     "native/parallel.hpp": NATIVE,
 }
 

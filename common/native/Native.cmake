@@ -1,12 +1,12 @@
-# add_native_library(NAME): lib<NAME> from csrc/entry.cpp (any processor) and csrc/kernels.cpp, compiled once for
-# each instruction level. Without a C++ compiler there is a message and no library: the wheel installs all the same.
+# add_native_library(NAME TOP): lib<NAME> from csrc/entry.cpp (any processor) and csrc/kernels.cpp, compiled once for
+# each instruction level: scalar, avx2, avx512 and TOP, which is avx512_bf16 or avx512_vnni. Without a C++ compiler there is a message and no library: the wheel installs all the same.
 include(CheckLanguage)
 check_language(CXX)
 if(CMAKE_CXX_COMPILER)
   enable_language(CXX)
 endif()
 
-function(add_native_library name)
+function(add_native_library name top)
   if(NOT CMAKE_CXX_COMPILER)
     message(WARNING "no C++ compiler: ${name} is installed without its CPU kernels, PyTorch does their work")
     return()
@@ -18,10 +18,11 @@ function(add_native_library name)
   set(levels scalar)
   set(flags_scalar "")
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
-    list(APPEND levels avx2 avx512 avx512_bf16)
+    list(APPEND levels avx2 avx512 ${top})
     set(flags_avx2 -mavx2 -mfma -mf16c)
     set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
     set(flags_avx512_bf16 ${flags_avx512} -mavx512bf16)
+    set(flags_avx512_vnni ${flags_avx512} -mavx512vbmi -mavx512vnni)
   endif()
   # -ffp-contract=off: a product and a sum are fused where the source says so, and nowhere else.
   set(common -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=default -Wno-maybe-uninitialized)

@@ -9,15 +9,17 @@
 
 namespace native {
 
-// Each level includes the ones before it. A translation unit is compiled for each.
-enum Level : int32_t { SCALAR = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
+// A translation unit is compiled for each level that a tool has. Each of the first three includes the ones before it. The
+// last two both include AVX512, and neither the other: dot products of bfloat16, or those of int8 and byte permutations.
+enum Level : int32_t { SCALAR = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AVX512_VNNI = 4 };
 
 inline const char *level_name(int32_t level) {
-    static const char *const names[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
-    return level >= SCALAR && level <= AVX512_BF16 ? names[level] : "unknown";
+    static const char *const names[] = {"scalar", "avx2", "avx512", "avx512_bf16", "avx512_vnni"};
+    return level >= SCALAR && level <= AVX512_VNNI ? names[level] : "unknown";
 }
 
-inline Level detect_level() {
+// `top`: the tool's highest level.
+inline Level detect_level(Level top) {
 #if defined(__x86_64__)
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return SCALAR;
@@ -30,6 +32,8 @@ inline Level detect_level() {
     if (!(b & (1u << 5))) return SCALAR;  // AVX2
     const uint32_t f_dq_bw_vl = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);
     if ((low & 0xe6) != 0xe6 || (b & f_dq_bw_vl) != f_dq_bw_vl) return AVX2;
+    const uint32_t vbmi_vnni = (1u << 1) | (1u << 11);
+    if (top == AVX512_VNNI) return (c & vbmi_vnni) == vbmi_vnni ? AVX512_VNNI : AVX512;
     if (max_subleaf < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return AVX512;
     return (a & (1u << 5)) ? AVX512_BF16 : AVX512;
 #else
@@ -38,10 +42,10 @@ inline Level detect_level() {
 }
 
 // The level to run, read from the environment variable `variable` if it names a lower one.
-inline Level chosen_level(const char *variable) {
-    const Level best = detect_level();
+inline Level chosen_level(const char *variable, Level top) {
+    const Level best = detect_level(top);
     const char *wanted = std::getenv(variable);
-    for (int32_t level = SCALAR; wanted && level < best; ++level)
+    for (int32_t level = SCALAR; wanted && level < best && level <= AVX512; ++level)
         if (!std::strcmp(wanted, level_name(level))) return static_cast<Level>(level);
     return best;
 }

@@ -28,7 +28,7 @@ DECLARE(avx512)
 DECLARE(avx512_bf16)
 
 int32_t infllm2_level(void) {
-    static const Level level = chosen_level("INFLLM2_CPU_LEVEL");
+    static const Level level = chosen_level("INFLLM2_CPU_LEVEL", AVX512_BF16);
     return level;
 }
 const char *infllm2_level_name(int32_t level) { return level_name(level); }

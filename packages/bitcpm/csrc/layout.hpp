@@ -1,0 +1,95 @@
+// Where things lie: groups, spans, and the bytes of weights and prepared activations.
+#pragma once
+#include "args.h"
+
+namespace bitcpm {
+
+// Rows that are interleaved, and the longest span: a multiple of 5 and of 16, and 240 * 128 fits int16.
+constexpr int64_t BLOCK = 64, SPAN = 240;
+// How far ahead of a matrix-vector product weights are asked for, in bytes.
+constexpr int64_t AHEAD = 4096;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
+
+inline int64_t group_of(const bitcpm_shape &s) { return smaller(s.group, s.columns); }
+inline int64_t groups_of(const bitcpm_shape &s) { return div_up(s.columns, group_of(s)); }
+inline int64_t blocks_of(const bitcpm_shape &s) { return div_up(s.rows, BLOCK); }
+inline int64_t scale_bytes(const bitcpm_shape &s) { return s.scale_dtype == BITCPM_FLOAT32 ? 4 : 2; }
+
+// Bytes of a span of n columns of a block (SPAN makes this additive over a group).
+inline int64_t code_bytes(int32_t codec, int64_t n) {
+    return BLOCK * (codec == BITCPM_2BIT ? 4 * div_up(n, 16) : div_up(n, 5));
+}
+inline int64_t group_bytes(const bitcpm_shape &s, int64_t n) {
+    return code_bytes(s.codec, n) + BLOCK * scale_bytes(s);
+}
+inline int64_t block_bytes(const bitcpm_shape &s) {
+    const int64_t g = group_of(s), full = s.columns / g, tail = s.columns % g;
+    return full * group_bytes(s, g) + (tail ? group_bytes(s, tail) : 0);
+}
+
+// ---- prepared activations: for each token a row of values, padded so that every span begins at a multiple of 16
+// columns. Rows lie an odd number of cache lines apart: a power of two would put all of them in the same cache set.
+inline int64_t padded_columns(const bitcpm_shape &s) {
+    const int64_t g = group_of(s), full = s.columns / g, tail = s.columns % g;
+    return full * round_up(g, 16) + round_up(tail, 16);
+}
+inline int64_t value_bytes(const bitcpm_shape &s, int32_t mode) {
+    const int64_t lines = div_up(padded_columns(s) * (mode == BITCPM_EXACT ? 4 : 1), 64);
+    return 64 * (lines | 1);
+}
+// Then for each token, by group: the sum of its int8 values; and their scales (mode 0: all the same).
+inline int64_t groups_padded(const bitcpm_shape &s) { return round_up(groups_of(s), 16); }
+// Then for each token, for each 5 columns, the table of sums (see tables.hpp).
+constexpr int64_t TABLE = 256;
+inline int64_t tables_of(const bitcpm_shape &s) {
+    const int64_t g = group_of(s), full = s.columns / g, tail = s.columns % g;
+    return full * div_up(g, 5) + div_up(tail, 5);
+}
+// With more tokens the weights are unpacked once for all of them instead.
+constexpr int64_t TABLE_TOKENS = 4;
+
+struct Prepared {
+    int64_t values, sums, scales, tables;        // offsets
+    int64_t value_stride, group_stride, table_stride;  // bytes from token to token
+    int64_t bytes;
+    Prepared(const bitcpm_shape &s, int64_t tokens, int32_t mode, bool with_tables) {
+        const bool whole = mode != BITCPM_EXACT;
+        value_stride = value_bytes(s, mode);
+        group_stride = whole ? 4 * groups_padded(s) : 0;
+        table_stride = with_tables && whole && s.codec == BITCPM_1_6BIT && tokens <= TABLE_TOKENS ? TABLE * tables_of(s) : 0;
+        values = 0;
+        sums = values + tokens * value_stride;
+        scales = sums + tokens * group_stride;
+        tables = scales + tokens * group_stride;
+        bytes = tables + tokens * table_stride;
+    }
+};
+
+// Tokens whose float32 sums of one block wait in the second-level cache.
+constexpr int64_t MOST_TOKENS = 512;
+
+// A thread's scratch: digits of a span, then float32 sums and int32 sums of a block.
+struct Work {
+    int64_t digits, sums, partial, bytes;
+    Work(const bitcpm_shape &s, int64_t tokens, int32_t mode) {
+        const int64_t most = smaller(tokens, MOST_TOKENS) * BLOCK * 4;
+        digits = 0;
+        sums = digits + BLOCK * SPAN;
+        partial = sums + most;
+        bytes = partial + (mode != BITCPM_EXACT && group_of(s) > SPAN ? most : 0);
+    }
+};
+
+inline bool valid(const bitcpm_shape &s) {
+    return s.rows > 0 && s.columns > 0 && s.group > 0 && (s.codec == BITCPM_2BIT || s.codec == BITCPM_1_6BIT) &&
+           s.scale_dtype >= BITCPM_FLOAT32 && s.scale_dtype <= BITCPM_FLOAT16;
+}
+inline bool aligned(const void *p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+
+// Share ith of nth of [0, n): contiguous, sizes differ by at most one.
+inline int64_t share(int64_t n, int32_t ith, int32_t nth) { return n * ith / nth; }
+
+}  // namespace bitcpm
