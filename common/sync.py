@@ -13,7 +13,8 @@ HERE = Path(__file__).parent
 PACKAGES = HERE.parent / "packages"
 HEADER = "{comment} Copied from common/{name} by common/sync.py: change it there.\n"
 
-NATIVE = ["infllm2", "bitcpm"]  # tools with C++ kernels
+NATIVE = ["infllm2", "bitcpm", "cpmcu"]  # tools with C++ kernels
+ATTENTION = ["infllm2", "cpmcu"]  # those of them that attend
 
 # Which tool holds a copy of what: Python beside its own, the rest in csrc/native/.
 COPIES = {
@@ -21,10 +22,14 @@ COPIES = {
     "_cli.py": ["testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu", "infllm2"],
     "_native.py": NATIVE,
     "native/Native.cmake": NATIVE,
-    "native/broadcast_gemm.hpp": ["infllm2"],
+    "native/attend.hpp": ATTENTION,
+    "native/attend_args.h": ATTENTION,
+    "native/broadcast_gemm.hpp": ATTENTION,
     "native/cpu_level.hpp": NATIVE,
-    "native/lanes.hpp": ["infllm2"],
+    "native/formats.hpp": ATTENTION,
+    "native/lanes.hpp": ATTENTION,
     "native/parallel.hpp": NATIVE,
+    "native/rows.hpp": ATTENTION,
 }
 
 
@@ -33,7 +38,7 @@ def main() -> int:
     check = "--check" in sys.argv[1:]
     drifted = 0
     for name, tools in COPIES.items():
-        comment = "//" if name.endswith(".hpp") else "#"
+        comment = "//" if name.endswith((".hpp", ".h")) else "#"
         header = HEADER.format(name=name, comment=comment)
         wanted = header + (HERE / name).read_text(encoding="utf-8")
         for tool in tools:

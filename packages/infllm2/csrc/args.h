@@ -2,24 +2,17 @@
 // `ith` of `nth`, allocates nothing, keeps no state, and returns 0, 1 (unknown dtype) or 2 (tile too large). The caller
 // owns the threads.
 //
-// Letters: B batch, H query heads, K key-value heads, G = H / K, T queries, S keys, D head size. Queries are the
-// last T of S positions. Strides are in elements; the last axis is always contiguous. dtype: 0 float32, 1 bfloat16.
+// Letters, strides and dtypes: see attend_args.h.
 #pragma once
-#include <stdint.h>
+#include "attend_args.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-typedef struct {
-    const void *data;
-    int64_t batch, head, row;  // strides
-} infllm2_tensor;
-
-typedef struct {
-    int64_t batch, kv_heads, group, queries, keys, dim;
-    int32_t dtype, unused;
-} infllm2_shape;
+typedef native_tensor infllm2_tensor;
+typedef native_shape infllm2_shape;
+typedef native_attend_args infllm2_attend_args;  // its partial: infllm2_partial_floats for each unit and split
 
 typedef struct {
     int32_t kernel_size, kernel_stride, coarse_factor, block_size;
@@ -37,27 +30,6 @@ typedef struct {
     char *work;  // nth * infllm2_select_work() bytes
     int64_t work_stride;
 } infllm2_select_args;
-
-// out [B, H, T, D] in dtype, lse float32 [B, H, T]. Blocks int32 [B, K, T, width], ascending, then -1; a null
-// pointer means all keys (dense attention). `tile` tokens are a unit of work: at most 128, tile * G at most 512
-// unless tile is 1.
-// With splits > 1 each unit is cut in as many; listed blocks then need tile = 1, `partial` must hold
-// infllm2_partial_floats for each unit and split, and infllm2_merge finishes the work.
-typedef struct {
-    infllm2_shape shape;
-    infllm2_tensor q, k, v;
-    const int32_t *blocks;
-    int64_t width;
-    void *out;
-    float *lse;
-    char *work;
-    int64_t work_stride;
-    float *partial;  // see infllm2_partial_floats
-    int64_t splits;
-    int64_t tile;
-    int32_t block_size;
-    float scale;
-} infllm2_attend_args;
 
 int32_t infllm2_select(const infllm2_select_args *, int32_t ith, int32_t nth);
 int32_t infllm2_attend(const infllm2_attend_args *, int32_t ith, int32_t nth);

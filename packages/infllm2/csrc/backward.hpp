@@ -4,6 +4,7 @@
 // (FlashAttention, arXiv 2205.14135, appendix B). dQ belongs to one unit of rows; dK and dV are summed over units in
 // accumulators of the thread that does them, so that nothing is shared and the order of sums is fixed.
 #pragma once
+#include "args.h"
 #include "attend.hpp"
 
 namespace native {

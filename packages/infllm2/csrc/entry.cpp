@@ -73,5 +73,5 @@ int64_t infllm2_select_work(const infllm2_shape *s, const infllm2_selection *c) 
 int64_t infllm2_attend_work(const infllm2_shape *s, int64_t block_size) { return round_up(attend_work(s, block_size), 64); }
 int64_t infllm2_backward_work(const infllm2_shape *s, int64_t block_size) { return round_up(backward_work(s, block_size), 64); }
 int64_t infllm2_gradient_floats(const infllm2_shape *s) { return gradient_floats(s); }
-int64_t infllm2_partial_floats(const infllm2_shape *s) { return most_lanes(s) * (s->dim + 2); }
+int64_t infllm2_partial_floats(const infllm2_shape *s) { return partial_floats(s); }
 }

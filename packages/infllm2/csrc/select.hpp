@@ -1,6 +1,7 @@
 // Which blocks a query visits (arXiv 2509.24663, sections 3.2 and 3.3), in one pass over the compressed keys:
 // scores of a few tokens at a time, pooled to blocks and ranked at once, so that L²/16 scores are never held.
 #pragma once
+#include "args.h"
 #include "rows.hpp"
 
 namespace native {

@@ -34,4 +34,17 @@ inline int32_t run_on(ParallelFor pool, Operation operation, const void *args, i
     return job.error;
 }
 
+// Several operations, one after the other: what a decoding step does, in one call from Python.
+struct Step {
+    Operation operation;
+    const void *args;
+    int32_t nth, unused;
+};
+
+inline int32_t run_steps(ParallelFor pool, const Step *steps, int32_t count) {
+    for (int32_t i = 0; i < count; ++i)
+        if (const int32_t error = run_on(pool, steps[i].operation, steps[i].args, steps[i].nth)) return error;
+    return 0;
+}
+
 }  // namespace native

@@ -39,6 +39,9 @@ def load(name: str, folder: Path) -> tuple[ctypes.CDLL | None, str]:
     parallel = getattr(library, f"{name}_parallel")
     parallel.restype = ctypes.c_int32
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32]
+    steps = getattr(library, f"{name}_steps")
+    steps.restype = ctypes.c_int32
+    steps.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32]
     return library, ""
 
 
@@ -57,14 +60,58 @@ class Operation:
     def __init__(self, library: ctypes.CDLL, tool: str, name: str) -> None:
         self.name = f"{tool}_{name}"
         self._parallel = getattr(library, f"{tool}_parallel")
-        self._address = ctypes.cast(getattr(library, self.name), ctypes.c_void_p)
+        self.address = ctypes.cast(getattr(library, self.name), ctypes.c_void_p)
 
     def __call__(self, arguments: ctypes.Structure, threads: int) -> None:
         error = self._parallel(
-            _pool(), self._address, ctypes.cast(ctypes.byref(arguments), ctypes.c_void_p), threads
+            _pool(), self.address, ctypes.cast(ctypes.byref(arguments), ctypes.c_void_p), threads
         )
         if error:
             raise RuntimeError(f"{self.name} failed with code {error}: please report this")
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        ("operation", ctypes.c_void_p),
+        ("args", ctypes.c_void_p),
+        ("nth", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    ]
+
+
+class Steps:
+    """Operations that run one after the other in one call, with structures made beforehand.
+
+    Between calls only what has changed is written into the structures. In a loop that reads more
+    memory than the caches hold, every line of Python costs several times what it costs alone.
+
+    Args:
+        library: from `load`.
+        tool: prefix of its C functions.
+        steps: (operation, its structure, threads).
+
+    Raises:
+        RuntimeError: (when called) an operation answered with an error code.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        tool: str,
+        steps: list[tuple[Operation, ctypes.Structure, int]],
+    ) -> None:
+        self._names = ", ".join(operation.name for operation, _, _ in steps)
+        self._kept = steps  # the structures must live as long as their addresses
+        self._run = getattr(library, f"{tool}_steps")
+        self._steps = (_Step * len(steps))(
+            *(_Step(o.address, ctypes.addressof(a), n, 0) for o, a, n in steps)
+        )
+        self._address, self._pool, self._count = ctypes.addressof(self._steps), _pool(), len(steps)
+
+    def __call__(self) -> None:
+        error = self._run(self._pool, self._address, self._count)
+        if error:
+            raise RuntimeError(f"one of {self._names} failed with code {error}: please report this")
 
 
 @functools.cache

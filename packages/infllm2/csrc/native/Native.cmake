@@ -1,6 +1,7 @@
 # Copied from common/native/Native.cmake by common/sync.py: change it there.
 # add_native_library(NAME TOP): lib<NAME> from csrc/entry.cpp (any processor) and csrc/kernels.cpp, compiled once for
-# each instruction level: scalar, avx2, avx512 and TOP, which is avx512_bf16 or avx512_vnni. Without a C++ compiler there is a message and no library: the wheel installs all the same.
+# each instruction level: scalar, avx2, avx512 and TOP, which is avx512_bf16 or avx512_vnni. Without a C++ compiler
+# there is a message and no library: the wheel installs all the same.
 include(CheckLanguage)
 check_language(CXX)
 if(CMAKE_CXX_COMPILER)
@@ -22,7 +23,7 @@ function(add_native_library name top)
     list(APPEND levels avx2 avx512 ${top})
     set(flags_avx2 -mavx2 -mfma -mf16c)
     set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
-    set(flags_avx512_bf16 ${flags_avx512} -mavx512bf16)
+    set(flags_avx512_bf16 ${flags_avx512} -mavx512bf16 -mavx512vnni)
     set(flags_avx512_vnni ${flags_avx512} -mavx512vbmi -mavx512vnni)
   endif()
   # -ffp-contract=off: a product and a sum are fused where the source says so, and nowhere else.

@@ -11,7 +11,7 @@
 namespace native {
 
 // A translation unit is compiled for each level that a tool has. Each of the first three includes the ones before it. The
-// last two both include AVX512, and neither the other: dot products of bfloat16, or those of int8 and byte permutations.
+// last two both include AVX512 and int8's dot products (VNNI): with those of bfloat16, or with byte permutations.
 enum Level : int32_t { SCALAR = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AVX512_VNNI = 4 };
 
 inline const char *level_name(int32_t level) {
@@ -33,10 +33,10 @@ inline Level detect_level(Level top) {
     if (!(b & (1u << 5))) return SCALAR;  // AVX2
     const uint32_t f_dq_bw_vl = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);
     if ((low & 0xe6) != 0xe6 || (b & f_dq_bw_vl) != f_dq_bw_vl) return AVX2;
-    const uint32_t vbmi_vnni = (1u << 1) | (1u << 11);
+    const uint32_t vbmi_vnni = (1u << 1) | (1u << 11), vnni = c & (1u << 11);
     if (top == AVX512_VNNI) return (c & vbmi_vnni) == vbmi_vnni ? AVX512_VNNI : AVX512;
     if (max_subleaf < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return AVX512;
-    return (a & (1u << 5)) ? AVX512_BF16 : AVX512;
+    return vnni && (a & (1u << 5)) ? AVX512_BF16 : AVX512;
 #else
     return SCALAR;
 #endif

@@ -1,7 +1,8 @@
+// Copied from common/native/rows.hpp by common/sync.py: change it there.
 // Softmax attention of packed rows over tiles of keys, with a running maximum (Milakov & Gimelshein,
 // arXiv 1805.02867; FlashAttention, 2205.14135). Rows are lanes: heads of a group, or tokens × heads.
 #pragma once
-#include "args.h"
+#include "attend_args.h"
 #include "formats.hpp"
 
 namespace native {
@@ -30,15 +31,18 @@ template <class V> inline int lane_groups(int64_t rows) { return int((rows + V::
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // The largest number of lanes any unit has, whatever the vector's width.
-inline int64_t most_lanes(const infllm2_shape *s) { return round_up(s->group > MOST_ROWS ? s->group : MOST_ROWS, 16); }
+inline int64_t most_lanes(const native_shape *s) { return round_up(s->group > MOST_ROWS ? s->group : MOST_ROWS, 16); }
 
 // Bytes a thread, for blocks of `block_size` keys.
-inline int64_t attend_work(const infllm2_shape *s, int64_t block_size) {
+inline int64_t attend_work(const native_shape *s, int64_t block_size) {
     const int64_t lanes = most_lanes(s);
     return 4 * (lanes * (2 * s->dim + 4) + 2 * (TILE + 1) * 16 + 2 * TILE * s->dim) + 16 * (s->keys / block_size + 1) + 1024;
 }
 
-inline Rows rows_in(char *work, const infllm2_shape *s) {
+// Floats of a partial result of one unit and split.
+inline int64_t partial_floats(const native_shape *s) { return most_lanes(s) * (s->dim + 2); }
+
+inline Rows rows_in(char *work, const native_shape *s) {
     const int64_t lanes = most_lanes(s), dim = s->dim;
     float *p = reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(work) + 63) & ~uintptr_t(63));
     Rows r;
@@ -131,12 +135,12 @@ template <class Format> struct Unit {
     using V = typename Format::Lanes;
     using Source = typename Format::Source;
     static constexpr int L = V::L;
-    const infllm2_attend_args *a;
+    const native_attend_args *a;
     Rows r;
     int64_t batch, head, first, tokens;
     int rows, groups, depth, dim;
 
-    Unit(const infllm2_attend_args *args, char *work, int64_t b, int64_t h, int64_t t, int64_t count)
+    Unit(const native_attend_args *args, char *work, int64_t b, int64_t h, int64_t t, int64_t count)
         : a(args), r(rows_in(work, &args->shape)), batch(b), head(h), first(t), tokens(count) {
         dim = int(a->shape.dim);
         depth = Format::units(dim);

@@ -10,7 +10,7 @@ namespace native {
 inline namespace NATIVE_LEVEL {
 
 // Which of `count` tokens from `first` on visit each of the blocks that one of them can see: a bit for each token.
-inline void find_visitors(const infllm2_shape &s, int64_t block_size, const int32_t *lists, int64_t width, int64_t first, int64_t count, uint64_t (*visitors)[2]) {
+inline void find_visitors(const native_shape &s, int64_t block_size, const int32_t *lists, int64_t width, int64_t first, int64_t count, uint64_t (*visitors)[2]) {
     const int64_t end = s.keys - s.queries + first + count, blocks = (end + block_size - 1) / block_size;
     std::memset(visitors, 0, sizeof(*visitors) * blocks);
     for (int64_t t = 0; t < count; ++t)
@@ -22,7 +22,7 @@ inline void find_visitors(const infllm2_shape &s, int64_t block_size, const int3
 }
 
 // Lane groups of L rows with a visitor, over all blocks.
-inline int64_t active_groups(const infllm2_shape &s, int64_t first, int64_t count, int64_t block_size, const uint64_t (*visitors)[2], int L) {
+inline int64_t active_groups(const native_shape &s, int64_t first, int64_t count, int64_t block_size, const uint64_t (*visitors)[2], int L) {
     const int64_t blocks = (s.keys - s.queries + first + count + block_size - 1) / block_size;
     const int heads = int(s.group), rows = int(count) * heads;
     int64_t found = 0;
@@ -39,8 +39,8 @@ inline int64_t active_groups(const infllm2_shape &s, int64_t first, int64_t coun
 // Block by block: what reading and repacking a block costs is shared by the tokens that visit it, and lane groups
 // without such a token are left out. A narrow vector takes half the time and holds fewer tokens.
 template <class Narrow, class Wide>
-void attend_tile(const infllm2_attend_args *a, char *work, int64_t b, int64_t h, int64_t first, int64_t count, const int32_t *lists) {
-    const infllm2_shape &s = a->shape;
+void attend_tile(const native_attend_args *a, char *work, int64_t b, int64_t h, int64_t first, int64_t count, const int32_t *lists) {
+    const native_shape &s = a->shape;
     constexpr int narrow = Narrow::Lanes::L, wide = Wide::Lanes::L;
     if (count == 1) {
         const auto alone = [&](auto &&unit) { unit.visit_all(lists, a->width, 0, 1), unit.finish(); };
@@ -57,7 +57,7 @@ void attend_tile(const infllm2_attend_args *a, char *work, int64_t b, int64_t h,
 }
 
 // Calls f(batch, head, first token, tokens, pair, item) for share `ith` of `nth` of the tiles, `times` each.
-template <class F> inline void for_tiles(const infllm2_shape &s, int64_t step, int64_t times, int32_t ith, int32_t nth, F f) {
+template <class F> inline void for_tiles(const native_shape &s, int64_t step, int64_t times, int32_t ith, int32_t nth, F f) {
     const int64_t tiles = (s.queries + step - 1) / step;
     for (int64_t item = ith; item < s.batch * s.kv_heads * tiles * times; item += nth) {
         const int64_t tile = item / times % tiles, pair = item / times / tiles, first = tile * step;
@@ -66,8 +66,8 @@ template <class F> inline void for_tiles(const infllm2_shape &s, int64_t step, i
 }
 
 // Shares of one tile, or the merging of them.
-template <class Format> void attend_split(const infllm2_attend_args *a, int32_t ith, int32_t nth, bool merging) {
-    const int64_t floats = most_lanes(&a->shape) * (a->shape.dim + 2);
+template <class Format> void attend_split(const native_attend_args *a, int32_t ith, int32_t nth, bool merging) {
+    const int64_t floats = partial_floats(&a->shape);
     char *work = a->work + ith * a->work_stride;
     for_tiles(a->shape, a->tile, merging ? 1 : a->splits, ith, nth, [&](auto b, auto h, auto first, auto count, auto pair, auto item) {
         Unit<Format> unit(a, work, b, h, first, count);
@@ -82,7 +82,7 @@ template <class Format> void attend_split(const infllm2_attend_args *a, int32_t 
     });
 }
 
-template <class Narrow, class Wide> void attend(const infllm2_attend_args *a, int32_t ith, int32_t nth, bool merging) {
+template <class Narrow, class Wide> void attend(const native_attend_args *a, int32_t ith, int32_t nth, bool merging) {
     if (a->blocks && a->splits == 1)
         for_tiles(a->shape, a->tile, 1, ith, nth, [&](auto b, auto h, auto first, auto count, auto pair, auto) {
             attend_tile<Narrow, Wide>(a, a->work + ith * a->work_stride, b, h, first, count, a->blocks + (pair * a->shape.queries + first) * a->width);
