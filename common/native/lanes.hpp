@@ -59,6 +59,7 @@ template <int N> struct Plain {
     static void store(float *p, T a) { std::memcpy(p, a.x, sizeof a); }
     static T add(T a, T b) { for (int i = 0; i < N; ++i) a.x[i] += b.x[i]; return a; }
     static T mul(T a, T b) { for (int i = 0; i < N; ++i) a.x[i] *= b.x[i]; return a; }
+    static T div(T a, T b) { for (int i = 0; i < N; ++i) a.x[i] /= b.x[i]; return a; }
     // The second where either is not a number, as the instruction does.
     static T max(T a, T b) { for (int i = 0; i < N; ++i) a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i]; return a; }
     static T fma(T a, T b, T c) { for (int i = 0; i < N; ++i) c.x[i] += a.x[i] * b.x[i]; return c; }
@@ -93,6 +94,7 @@ struct Ymm {
     static void store(float *p, T a) { _mm256_storeu_ps(p, a); }
     static T add(T a, T b) { return _mm256_add_ps(a, b); }
     static T mul(T a, T b) { return _mm256_mul_ps(a, b); }
+    static T div(T a, T b) { return _mm256_div_ps(a, b); }
     static T max(T a, T b) { return _mm256_max_ps(a, b); }
     static T fma(T a, T b, T c) { return _mm256_fmadd_ps(a, b, c); }
     static bool any_greater(T a, T b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
@@ -163,6 +165,7 @@ struct Zmm {
     static void store(float *p, T a) { _mm512_storeu_ps(p, a); }
     static T add(T a, T b) { return _mm512_add_ps(a, b); }
     static T mul(T a, T b) { return _mm512_mul_ps(a, b); }
+    static T div(T a, T b) { return _mm512_div_ps(a, b); }
     static T max(T a, T b) { return _mm512_max_ps(a, b); }
     static T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
     static bool any_greater(T a, T b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }

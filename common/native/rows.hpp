@@ -113,7 +113,7 @@ inline void update(const Rows &r, ptrdiff_t group, ptrdiff_t apart, int depth, i
         for (i = 0; i + 4 <= n; i += 4)
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) weigh(i + j, part[j]);
-        for (; i < n; ++i) weigh(i, part[0]);
+        for (; i < n; ++i) weigh(i, part[i & 3]);  // the same sum as in a longer tile
         V::store(sum, V::add(total, V::add(V::add(part[0], part[1]), V::add(part[2], part[3]))));
         Format::pack_weights(x, n);
     }

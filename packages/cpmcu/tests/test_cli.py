@@ -66,7 +66,8 @@ def test_bench_and_selfcheck(tiny_folder):
     timed = invoke("bench", folder, "--prompt-tokens", "8,16", "--new-tokens", 2, "--json").stdout
     assert [row["prompt_tokens"] for row in json.loads(timed)["rows"]] == [8, 16]
     checks = json.loads(invoke("selfcheck", "--json").stdout)
-    assert [check["dtype"] for check in checks] == ["float32", "bfloat16"]
+    kinds = ["float32", "bfloat16", "int8", "int4"]
+    assert [check["dtype"] for check in checks] == [*kinds, *kinds[:2]]
     assert all(check["passed"] for check in checks)
 
 

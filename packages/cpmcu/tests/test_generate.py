@@ -201,7 +201,7 @@ def test_damaged_weights_are_reported_not_sampled(tiny_folder):
 
 def test_interrupt_inside_a_chunk_keeps_the_sequence(tiny_folder, monkeypatch):
     _, folder = tiny_folder("llama")
-    engine = Engine.from_pretrained(folder, dtype="float32")
+    engine = Engine.from_pretrained(folder, dtype="float32", backend="reference")
     engine.prefill([1, 2, 3])
     norm = engine._decoder._norm
 
@@ -218,6 +218,26 @@ def test_interrupt_inside_a_chunk_keeps_the_sequence(tiny_folder, monkeypatch):
     assert engine.tokens == [1, 2, 3] and engine._cache.length == 3
     after = engine.prefill([4, 5])
     torch.testing.assert_close(after, engine.logits([1, 2, 3, 4, 5])[-1], atol=1e-5, rtol=1e-5)
+
+
+def test_interrupt_after_native_code_keeps_the_sequence(tiny_folder, monkeypatch):
+    """Ctrl-C waits for the chunk that runs, and is then raised."""
+    _, folder = tiny_folder("llama")
+    engine = Engine.from_pretrained(folder, dtype="float32", backend="cpu")
+    engine.prefill([1, 2, 3])
+    run = engine._decoder.pool.run
+
+    def interrupted(records):
+        run(records)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._decoder.pool, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.prefill([4, 5])
+    monkeypatch.undo()
+    assert engine.tokens == [1, 2, 3] and engine._cache.length == 3
+    after = engine.prefill([4, 5])
+    assert torch.equal(after, engine.logits([1, 2, 3, 4, 5])[-1])
 
 
 def test_score_equals_cross_entropy(smollm2):
@@ -246,7 +266,7 @@ def test_threads(tiny_folder, caplog):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("sparse", "on"), ("backend", "cpu"), ("quant", "int4"), ("sparse", "auto")],
+    [("sparse", "on"), ("backend", "triton"), ("sparse", "auto")],
 )
 def test_what_is_not_implemented_is_refused(tiny_folder, option, value):
     _, folder = tiny_folder("llama")

@@ -20,11 +20,19 @@ from cpmcu.loader import Source
 def test_bytes_are_those_the_engine_takes(tiny_folder, arch, dtype, tie):
     _, folder = tiny_folder(arch, tie_word_embeddings=tie)
     made = plan.make(folder, dtype=dtype, context=700, bandwidth=1e9)
-    engine = Engine.from_pretrained(folder, dtype=dtype, max_context=700)
+    engine = Engine.from_pretrained(folder, dtype=dtype, max_context=700, backend="reference")
     engine.prefill([1] * 700)
     assert made.weight_bytes == engine._decoder.weights.nbytes
     assert made.kv_bytes == engine._cache.nbytes
     assert made.total_bytes == made.weight_bytes + made.kv_bytes + made.activation_bytes
+
+
+@pytest.mark.parametrize("quant", ["float32", "bfloat16", "int8", "int4"])
+def test_packed_weights_take_what_is_planned(smollm2_folder, quant):
+    made = plan.make(smollm2_folder, quant=quant, context=700, bandwidth=1e9)
+    engine = Engine.from_pretrained(smollm2_folder, quant=quant, max_context=700, backend="cpu")
+    # The vectors are float32 in memory.
+    assert engine._decoder.weights.nbytes == pytest.approx(made.weight_bytes, rel=2e-3)
 
 
 def test_largest_context_is_the_largest(tiny_folder):

@@ -48,15 +48,28 @@ def ids_of(n, vocab=256, seed=0):
     return torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def load(folder, backend, dtype="float32"):
+    try:
+        return Engine.from_pretrained(folder, dtype=dtype, backend=backend)
+    except ValueError as error:
+        if backend == "cpu" and ("sliding" in str(error) or "not built" in str(error)):
+            pytest.skip(str(error))
+        raise
+
+
+BACKENDS = pytest.mark.parametrize("backend", ["cpu", "reference"])
+
+
 @torch.inference_mode()
 def oracle(model, ids):
     return model(torch.tensor([ids])).logits[0].float()
 
 
+@BACKENDS
 @pytest.mark.parametrize(("arch", "config"), CASES)
-def test_logits_equal_transformers(tiny_folder, arch, config):
+def test_logits_equal_transformers(tiny_folder, arch, config, backend):
     model, folder = tiny_folder(arch, **config)
-    engine = Engine.from_pretrained(folder, dtype="float32")
+    engine = load(folder, backend)
     for n in (1, 2, 31, 75):
         ids = ids_of(n, model.config.vocab_size)
         ours, theirs = engine.logits(ids), oracle(model, ids)
@@ -65,12 +78,13 @@ def test_logits_equal_transformers(tiny_folder, arch, config):
         assert float((ours - theirs).abs().max()) < 1e-5 * scale
 
 
+@BACKENDS
 @pytest.mark.parametrize(("arch", "config"), CASES)
-def test_chunks_and_single_steps_equal_one_pass(tiny_folder, arch, config):
+def test_chunks_and_single_steps_equal_one_pass(tiny_folder, arch, config, backend):
     if config.get("rope_parameters") is LONGROPE:
         config = config | {"max_position_embeddings": 32}  # one list of factors throughout
     model, folder = tiny_folder(arch, **config)
-    engine = Engine.from_pretrained(folder, dtype="float32")
+    engine = load(folder, backend)
     ids = ids_of(30, model.config.vocab_size)
     whole = engine.logits(ids)
     engine.reset()
@@ -81,18 +95,20 @@ def test_chunks_and_single_steps_equal_one_pass(tiny_folder, arch, config):
         torch.testing.assert_close(logits, whole[position], atol=2e-5, rtol=1e-5)
 
 
-def test_chunked_prefill_crosses_the_chunk_size_and_growing_cache(tiny_folder, monkeypatch):
+@BACKENDS
+def test_chunked_prefill_crosses_the_chunk_size_and_growing_cache(tiny_folder, backend):
     model, folder = tiny_folder("llama-gqa3")
-    engine = Engine.from_pretrained(folder, dtype="float32")
+    engine = load(folder, backend)
     ids = ids_of(1100)  # three chunks of 512, several doublings of the cache
     torch.testing.assert_close(engine.logits(ids), oracle(model, ids), atol=2e-5, rtol=1e-5)
 
 
-def test_longrope_takes_its_list_by_the_length_of_the_whole_prompt(tiny_folder):
+@BACKENDS
+def test_longrope_takes_its_list_by_the_length_of_the_whole_prompt(tiny_folder, backend):
     """Past the trained length all keys are rotated by the long list, also those of early chunks."""
     config = {"rope_parameters": LONGROPE, "max_position_embeddings": 1024}
     model, folder = tiny_folder("llama", **config)
-    engine = Engine.from_pretrained(folder, dtype="float32")
+    engine = load(folder, backend)
     ids = ids_of(600)
     engine.reset()
     last = engine.prefill(ids)
@@ -104,18 +120,20 @@ def test_longrope_takes_its_list_by_the_length_of_the_whole_prompt(tiny_folder):
     assert engine.reusable(ids) == 0
 
 
-def test_bfloat16_is_as_close_to_fp32_as_transformers_bfloat16(tiny_folder):
+@BACKENDS
+def test_bfloat16_is_as_close_to_fp32_as_transformers_bfloat16(tiny_folder, backend):
     model, folder = tiny_folder("llama-gqa3")
     ids = ids_of(64)
     truth = oracle(model, ids)
-    engine = Engine.from_pretrained(folder, dtype="bfloat16")
+    engine = load(folder, backend, "bfloat16")
     theirs = type(model).from_pretrained(folder, dtype=torch.bfloat16)
     our_error = (engine.logits(ids) - truth).square().mean().sqrt()
     their_error = (oracle(theirs, ids) - truth).square().mean().sqrt()
     assert float(our_error) < 1.5 * float(their_error)
 
 
-def test_mup_scales_equal_a_plain_rederivation(tiny_folder, tmp_path):
+@BACKENDS
+def test_mup_scales_equal_a_plain_rederivation(tiny_folder, tmp_path, backend):
     """MiniCPM's three multipliers, folded into the weights of a plain Llama."""
     from safetensors.torch import load_file, save_file
 
@@ -139,12 +157,14 @@ def test_mup_scales_equal_a_plain_rederivation(tiny_folder, tmp_path):
         save_file(weights, tmp_path / name / "model.safetensors")
         settings = config | ({"model_type": "minicpm"} | extra if extra else {})
         (tmp_path / name / "config.json").write_text(json.dumps(settings))
-        engine = Engine.from_pretrained(tmp_path / name, dtype="float32")
+        engine = load(tmp_path / name, backend)
         outputs.append(engine.logits(ids_of(20)))
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
 
 
-def test_smollm2_logits_equal_transformers(smollm2):
+@BACKENDS
+def test_smollm2_logits_equal_transformers(smollm2_folder, backend):
+    smollm2 = load(smollm2_folder, backend)
     model, words = testbed.smollm2(torch.float32)
     ids = words(
         "The MiniCPM4 family of models runs on end-side devices: 这是一个测试。 🎉"

@@ -19,6 +19,13 @@ Model = Annotated[str, typer.Argument(help="Model folder or .gguf file.", show_d
 DType = Annotated[
     str, typer.Option(help="auto, float32 or bfloat16 (auto: bf16 where the processor has it).")
 ]
+Quant = Annotated[
+    str,
+    typer.Option(help="Weights in memory: float32, bfloat16, int8, int4 (auto: as --dtype)."),
+]
+Backend = Annotated[
+    str, typer.Option(help="cpu (C++), reference (PyTorch), or auto: the first that can run.")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads; default: PyTorch's choice.")]
 ContextLimit = Annotated[
     int | None, typer.Option(help="Tokens to make room for; default: the model's limit.")
@@ -82,7 +89,13 @@ def working(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def load(
-    model: str, dtype: str, threads: int | None, max_context: int | None, memory_limit: str | None
+    model: str,
+    dtype: str,
+    quant: str,
+    backend: str,
+    threads: int | None,
+    max_context: int | None,
+    memory_limit: str | None,
 ) -> Engine:
     """The engine for a command's options, with a progress bar."""
     from cpmcu.engine import Engine
@@ -91,6 +104,8 @@ def load(
         return Engine.from_pretrained(
             model,
             dtype=dtype,
+            quant=quant,
+            backend=backend,
             threads=threads,
             max_context=max_context,
             memory_limit=memory_limit_bytes(memory_limit),

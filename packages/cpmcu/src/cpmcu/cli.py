@@ -11,10 +11,12 @@ import typer
 
 from cpmcu import _cli
 from cpmcu._cli_options import (
+    Backend,
     ContextLimit,
     DType,
     Model,
     Penalty,
+    Quant,
     RepeatableStop,
     Seed,
     Temperature,
@@ -75,6 +77,8 @@ def generate(
     seed: Seed = None,
     stop: RepeatableStop = None,
     dtype: DType = "auto",
+    quant: Quant = "auto",
+    backend: Backend = "auto",
     threads: Threads = None,
     max_context: ContextLimit = None,
     memory_limit: Limit = None,
@@ -87,7 +91,7 @@ def generate(
     from cpmcu.results import Stream
 
     source = read_prompt(prompt, prompt_file, messages)
-    engine = load(model, dtype, threads, max_context, memory_limit)
+    engine = load(model, dtype, quant, backend, threads, max_context, memory_limit)
     stream = engine.generate(
         **source,
         max_new_tokens=max_new_tokens,
@@ -125,6 +129,8 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     dtype: DType = "auto",
+    quant: Quant = "auto",
+    backend: Backend = "auto",
     threads: Threads = None,
     max_context: ContextLimit = None,
     memory_limit: Limit = None,
@@ -138,7 +144,7 @@ def chat(
     """
     from cpmcu import chat as conversation
 
-    engine = load(model, dtype, threads, max_context, memory_limit)
+    engine = load(model, dtype, quant, backend, threads, max_context, memory_limit)
     conversation.run(
         engine,
         system=system,
@@ -160,6 +166,7 @@ def plan(
         int | None, typer.Option(help="Tokens to plan for; default: the model's limit.")
     ] = None,
     dtype: DType = "auto",
+    quant: Quant = "auto",
     memory_limit: Limit = None,
     bandwidth: Annotated[
         str | None,
@@ -176,6 +183,7 @@ def plan(
     made = planning.make(
         model,
         dtype=dtype,
+        quant=quant,
         context=context,
         memory_limit=memory_limit_bytes(memory_limit),
         bandwidth=None if bandwidth is None else parse_bytes(bandwidth, "--bandwidth"),
@@ -189,7 +197,7 @@ def plan(
             f"{made.architecture}, {made.parameters / 1e6:.1f} M parameters, {made.kind}",
         ),
         ("files", size(made.file_bytes)),
-        (f"weights in {made.dtype}", size(made.weight_bytes)),
+        (f"weights in {made.quant}", size(made.weight_bytes)),
         (f"keys and values, {made.context} tokens", size(made.kv_bytes)),
         ("  per token", size(made.kv_bytes_per_token)),
         ("activations", size(made.activation_bytes)),
@@ -204,7 +212,7 @@ def plan(
         fix = (
             f"--context {made.largest_context}"
             if made.largest_context
-            else "a smaller model or --dtype bfloat16"
+            else "a smaller model or --quant int4"
         )
         print(f"does not fit: take {fix}")
 
@@ -220,6 +228,8 @@ def bench(
         int, typer.Option(help="Timed runs of each length; the median is shown.")
     ] = 3,
     dtype: DType = "auto",
+    quant: Quant = "auto",
+    backend: Backend = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -231,10 +241,9 @@ def bench(
     try:
         lengths = [int(part) for part in prompt_tokens.split(",")]
     except ValueError:
-        raise ValueError(
-            f"--prompt-tokens must be integers and commas, got '{prompt_tokens}'"
-        ) from None
-    engine = load(model, dtype, threads, None, None)
+        message = f"--prompt-tokens must be integers and commas, got '{prompt_tokens}'"
+        raise ValueError(message) from None
+    engine = load(model, dtype, quant, backend, threads, None, None)
     with working("timing") as progress:
         rows = timing.run(
             engine, lengths, new_tokens=new_tokens, repeats=repeats, progress=progress
@@ -242,19 +251,11 @@ def bench(
     kind = str(engine.dtype).removeprefix("torch.")
     count = engine.threads or torch.get_num_threads()
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "model": model,
-                    "dtype": kind,
-                    "threads": count,
-                    "rows": [r.to_dict() for r in rows],
-                }
-            )
-        )
+        facts = {"model": model, "dtype": kind, "quant": engine.quant, "backend": engine.backend}
+        print(json.dumps(facts | {"threads": count, "rows": [r.to_dict() for r in rows]}))
         return
     print_table(
-        f"{model}: {kind}, {count} threads, median of {repeats}",
+        f"{model}: {engine.quant} weights, {engine.backend}, {count} threads, median of {repeats}",
         ("prompt tokens", "prefill tok/s", "decode tok/s"),
         [
             (

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cpmcu import generation, plan, reference, tokenizer
+from cpmcu import backends, generation, plan, tokenizer
 from cpmcu import threads as thread_count
 from cpmcu.cache import KVCache
 from cpmcu.loader import Progress, Source
@@ -19,7 +19,6 @@ from cpmcu.tokenizer import Message, Tokenizer
 from cpmcu.weights import Weights
 
 log = logging.getLogger("cpmcu")
-BACKENDS = ("reference",)
 
 
 class Engine:
@@ -35,19 +34,21 @@ class Engine:
         weights: Weights,
         tokenizer: Tokenizer | None = None,
         *,
+        quant: str = "auto",
+        backend: str = "auto",
         max_context: int | None = None,
         threads: int | None = None,
     ) -> None:
         self.spec, self.tokenizer = spec, tokenizer
         self.dtype = weights.embedding.dtype
-        supported, reason = reference.is_supported(spec, self.dtype)
-        if not supported:
-            raise ValueError(f"backend 'reference' cannot run this model: {reason}")
+        self.backend = backends.choose(backend, quant, spec, self.dtype)
         self.max_context = plan.check_context(max_context, spec)
         self.threads = thread_count.resolve(threads)
-        self.backend = "reference"
-        self._decoder = reference.Decoder(spec, weights)
+        self.quant = plan.resolve_quant(quant, self.dtype)
         self._cache = KVCache(spec, self.dtype, self.max_context)
+        self._decoder = backends.decoder(
+            self.backend, self.quant, spec, weights, self.threads or torch.get_num_threads()
+        )
         self.tokens: list[int] = []
 
     @classmethod
@@ -70,9 +71,10 @@ class Engine:
             path: transformers folder (safetensors, or packed by bitcpm) or .gguf file.
             dtype: of weights and arithmetic: "float32", "bfloat16", or "auto" (bf16 where the
                 processor multiplies it natively, else fp32).
-            quant: "auto" reads what the file holds. Quantised weights are expanded to `dtype`.
-            sparse: "off". Sparse attention is not in this backend.
-            backend: "auto" or "reference" (PyTorch).
+            quant: weights in memory: "float32", "bfloat16", "int8" or "int4" (32 columns to a
+                scale; with int4 embedding and head have 8 bits). "auto" takes `dtype`.
+            sparse: "off". Sparse attention is not in the engine yet.
+            backend: "cpu" (C++), "reference" (PyTorch), or "auto": the first that can run.
             threads: for every call of this engine; None leaves PyTorch's number alone. More than
                 there are cores is lowered to that, with a warning.
             max_context: tokens the cache may hold; None takes the model's limit, or what fits in
@@ -86,9 +88,8 @@ class Engine:
                 the model does not fit in `memory_limit`.
         """
         for name, value, known in (
-            ("quant", quant, ("auto",)),
             ("sparse", sparse, ("off",)),
-            ("backend", backend, ("auto", *BACKENDS)),
+            ("backend", backend, ("auto", *backends.BACKENDS)),
         ):
             if value not in known:
                 raise ValueError(
@@ -96,13 +97,18 @@ class Engine:
                 )
         source = Source(path)
         spec, compute = source.spec, plan.resolve_dtype(dtype)
+        plan.resolve_quant(quant, compute)
         if memory_limit is not None:
-            max_context = plan.fit_context(spec, compute, max_context, memory_limit)
+            max_context = plan.fit_context(spec, compute, max_context, memory_limit, quant)
         max_context = plan.check_context(max_context, spec)
+        backends.choose(backend, quant, spec, compute)  # before memory is taken
         words = tokenizer.load(source)
         weights = source.load(compute, progress)
-        log.info("%s: backend reference, %s, %d tokens of context", path, compute, max_context)
-        return cls(spec, weights, words, max_context=max_context, threads=threads)
+        engine = cls(spec, weights, words, quant=quant, backend=backend, max_context=max_context,
+                     threads=threads)  # fmt: skip
+        log.info("%s: backend %s, %s weights, %s, %d tokens of context", path, engine.backend,
+                 engine.quant, compute, max_context)  # fmt: skip
+        return engine
 
     def reset(self) -> None:
         """Forget the sequence."""
@@ -264,11 +270,8 @@ class Engine:
             )
         if start + len(token_ids) > self.max_context:
             limit = f"max_context={self.max_context} (the model's limit is {self.spec.max_context})"
-            fix = (
-                "raise max_context or shorten it"
-                if self.max_context < self.spec.max_context
-                else "shorten it"
-            )
+            more = self.max_context < self.spec.max_context
+            fix = "raise max_context or shorten it" if more else "shorten it"
             raise ValueError(
                 f"the prompt has {start + len(token_ids)} tokens, above {limit}: {fix}"
             )

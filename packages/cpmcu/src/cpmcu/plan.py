@@ -29,6 +29,7 @@ class Plan:
     kind: str
     architecture: str
     dtype: str
+    quant: str
     parameters: int
     file_bytes: int
     context: int
@@ -70,9 +71,30 @@ def native_bf16() -> bool:
     return any(check() for check in supports if check is not None)
 
 
-def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes of all weights in `dtype`."""
-    return spec.parameters * dtype.itemsize
+# Bits of a weight, the scale of its group included.
+_BITS = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5}
+
+
+def resolve_quant(quant: str, dtype: torch.dtype) -> str:
+    """The kind of weights in memory; "auto" is `dtype`.
+
+    Raises:
+        ValueError: unknown.
+    """
+    if quant not in ("auto", *_BITS):
+        raise ValueError(f"quant must be one of {', '.join(('auto', *_BITS))}, got {quant!r}")
+    return str(dtype).removeprefix("torch.") if quant == "auto" else quant
+
+
+def weight_bytes(spec: ModelSpec, quant: str) -> int:
+    """Bytes of all weights; with int4 the embedding and the head have 8 bits."""
+    outer = (1 if spec.tie else 2) * spec.vocab * spec.hidden
+    inner = spec.parameters - outer
+    return round((inner * _BITS[quant] + outer * _BITS[_outer(quant)]) / 8)
+
+
+def _outer(quant: str) -> str:
+    return "int8" if quant == "int4" else quant
 
 
 def activation_bytes(spec: ModelSpec, dtype: torch.dtype, context: int) -> int:
@@ -90,18 +112,19 @@ def activation_bytes(spec: ModelSpec, dtype: torch.dtype, context: int) -> int:
     return max(ffn, attention) + spec.vocab * (4 + dtype.itemsize) + tables
 
 
-def total_bytes(spec: ModelSpec, dtype: torch.dtype, context: int) -> int:
+def total_bytes(spec: ModelSpec, dtype: torch.dtype, context: int, quant: str = "auto") -> int:
     """Weights, keys and values, and activations at `context` tokens."""
     cache = context * bytes_per_token(spec, dtype)
-    return weight_bytes(spec, dtype) + cache + activation_bytes(spec, dtype, context)
+    weights = weight_bytes(spec, resolve_quant(quant, dtype))
+    return weights + cache + activation_bytes(spec, dtype, context)
 
 
-def largest_context(spec: ModelSpec, dtype: torch.dtype, limit: int) -> int:
+def largest_context(spec: ModelSpec, dtype: torch.dtype, limit: int, quant: str = "auto") -> int:
     """Most tokens, up to the model's own limit, whose `total_bytes` fit in `limit`; 0 if none."""
     low, high = 0, spec.max_context
     while low < high:  # total_bytes grows with the context
         middle = (low + high + 1) // 2
-        if total_bytes(spec, dtype, middle) <= limit:
+        if total_bytes(spec, dtype, middle, quant) <= limit:
             low = middle
         else:
             high = middle - 1
@@ -118,12 +141,14 @@ def check_context(wanted: int | None, spec: ModelSpec) -> int:
     return wanted
 
 
-def fit_context(spec: ModelSpec, dtype: torch.dtype, wanted: int | None, limit: int) -> int:
+def fit_context(
+    spec: ModelSpec, dtype: torch.dtype, wanted: int | None, limit: int, quant: str = "auto"
+) -> int:
     """`wanted` tokens, or as many as fit for None; ValueError where `limit` bytes are too few."""
-    fits = largest_context(spec, dtype, limit)
+    fits = largest_context(spec, dtype, limit, quant)
     if fits < (wanted or 1):
-        need = total_bytes(spec, dtype, wanted or 1)
-        fix = f"lower max_context to {fits}" if fits else "raise it or take a smaller dtype"
+        need = total_bytes(spec, dtype, wanted or 1, quant)
+        fix = f"lower max_context to {fits}" if fits else "raise it or take fewer bits (quant)"
         raise ValueError(
             f"memory_limit={limit} is too small: {wanted or 1} tokens of context need {need} "
             f"bytes; {fix}"
@@ -151,6 +176,7 @@ def make(
     path: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
+    quant: str = "auto",
     context: int | None = None,
     memory_limit: int | None = None,
     bandwidth: float | None = None,
@@ -160,6 +186,7 @@ def make(
     Args:
         path: model folder or .gguf file; only headers are read.
         dtype: "auto", "float32" or "bfloat16".
+        quant: weights in memory, as in `Engine.from_pretrained`.
         context: tokens to plan for; None takes the model's limit.
         memory_limit: bytes; None takes what is now available.
         bandwidth: bytes per second; None measures it for half a second.
@@ -169,6 +196,7 @@ def make(
     """
     source = Source(path)
     spec, compute = source.spec, resolve_dtype(dtype)
+    quant = resolve_quant(quant, compute)
     context = spec.max_context if context is None else context
     if not 1 <= context <= spec.max_context:
         raise ValueError(
@@ -179,14 +207,16 @@ def make(
             raise ValueError(f"{name} must be positive, got {value}")
     limit = available_memory() if memory_limit is None else memory_limit
     speed = measure_bandwidth() if bandwidth is None else bandwidth
-    per_token, weights = bytes_per_token(spec, compute), weight_bytes(spec, compute)
+    per_token, weights = bytes_per_token(spec, compute), weight_bytes(spec, quant)
     # An untied model reads one row of its embedding table, not the table.
-    read = weights - (0 if spec.tie else spec.vocab * spec.hidden * compute.itemsize)
+    table = spec.vocab * spec.hidden * _BITS[_outer(quant)] / 8
+    read = weights - (0 if spec.tie else table)
     return Plan(
         model=str(path),
         kind=source.kind,
         architecture=spec.architecture,
         dtype=str(compute).removeprefix("torch."),
+        quant=quant,
         parameters=spec.parameters,
         file_bytes=source.file_bytes,
         context=context,
@@ -195,9 +225,9 @@ def make(
         kv_bytes=context * per_token,
         kv_bytes_per_token=per_token,
         activation_bytes=activation_bytes(spec, compute, context),
-        total_bytes=total_bytes(spec, compute, context),
+        total_bytes=total_bytes(spec, compute, context, quant),
         memory_limit=limit,
-        largest_context=largest_context(spec, compute, limit),
+        largest_context=largest_context(spec, compute, limit, quant),
         bandwidth=speed,
         decode_bound=speed / (read + context * per_token),
     )

@@ -1,0 +1,157 @@
+// The C interface: an operation is `int32_t name(const args *, int32_t ith, int32_t nth)`. It does share `ith` of
+// `nth`, allocates nothing, keeps no state, and returns 0 or an error: 1 (unknown kind of weights or dtype).
+//
+// A model is a list of records (operation, arguments) over memory that is laid out before the first token.
+// `cpmcu_run` goes through it on its own threads, with a barrier after each record. What changes from call to call is
+// in one `cpmcu_step`, to which the arguments point.
+//
+// Letters: T new tokens, h hidden size, H query heads, K key-value heads, D head size, F feed-forward size.
+#pragma once
+#include "attend_args.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+    int64_t tokens;     // T
+    int64_t start;      // tokens in the cache before them
+    const int64_t *ids; // [T]
+    const float *cos, *sin;  // [T, D]: x cos + (x rolled by D / 2) sin
+    int32_t every;      // the head runs for all tokens, not for the last alone
+    int32_t unused;
+} cpmcu_step;
+
+// Weights [rows, cols] in panels of 16 rows, the last one filled up with zeros; panels are contiguous. Within one:
+//   FLOAT32   [cols][16]
+//   BFLOAT16  [cols / 2][16][2]
+//   INT8      [cols / 4][16][4], bytes w + 128
+//   INT4      [cols / 8][16][4], bytes with w + 8 of columns 8 i + j below, of 8 i + 4 + j above
+// and for the integers one float16 scale for `group` columns of a row: scales [panel][cols / group][16].
+enum { CPMCU_FLOAT32 = 0, CPMCU_BFLOAT16 = 1, CPMCU_INT8 = 2, CPMCU_INT4 = 3 };
+typedef struct {
+    const void *data;
+    const uint16_t *scales;
+    int64_t rows, cols;
+    int32_t kind, group;
+} cpmcu_matrix;
+
+// What a matrix is multiplied by: T rows of `cols` numbers, in blocks of 12 tokens (one token alone: a block of 1).
+// Within a block of W: floats [cols][W], bfloat16 [cols / 2][W][2], int8 [cols / 4][W][4]. For integers `scales`
+// [block][cols / group / span][W], one for `span` groups of the matrix, and `offsets` [block][cols / group][W]: minus
+// the matrix's zero point times the sum of the group.
+typedef struct {
+    void *data;
+    float *scales;
+    int32_t *offsets;
+    int64_t cols;
+    int32_t kind, group, span, unused;
+} cpmcu_packed;
+
+// x [T, h] = scale * rows of the table.
+typedef struct {
+    const cpmcu_step *step;
+    cpmcu_matrix table;
+    float *x;
+    float scale;
+    int32_t unused;
+} cpmcu_embed_args;
+
+// packed = scale * RMSNorm(x) * weight; of the last token alone if `last` and not step.every.
+typedef struct {
+    const cpmcu_step *step;
+    const float *x, *weight;
+    cpmcu_packed to;
+    float eps, scale;
+    int32_t last, unused;
+} cpmcu_norm_args;
+
+// packed = attention's output [H, T, D] in dtype, as [T, H D].
+typedef struct {
+    const cpmcu_step *step;
+    const void *out;
+    cpmcu_packed to;
+    int64_t heads, dim;
+    int32_t dtype, unused;
+} cpmcu_pack_args;
+
+// packed = silu(gate) * up, of [T, 2 F].
+typedef struct {
+    const cpmcu_step *step;
+    const float *gate_up;
+    cpmcu_packed to;
+} cpmcu_swiglu_args;
+
+// out [T, rows] = alpha * packed · weightsᵀ + bias; or out += alpha * the product if `add`.
+typedef struct {
+    const cpmcu_step *step;
+    cpmcu_matrix weights;
+    cpmcu_packed from;
+    float *out;
+    const float *bias;
+    char *work;  // cpmcu_multiply_work() for each thread
+    int64_t work_stride;
+    float alpha;
+    int32_t add, last, unused;
+} cpmcu_multiply_args;
+
+// Splits qkv [T, (H + 2 K) D]: normalises queries and keys if there are weights [D], rotates them, writes queries
+// [T, H, D] and, from step.start on, rows of the caches [K, room, D].
+typedef struct {
+    const cpmcu_step *step;
+    const float *qkv, *q_norm, *k_norm;
+    void *q, *k, *v;
+    int64_t heads, kv_heads, dim, room;
+    float eps;
+    int32_t dtype;
+} cpmcu_rotate_args;
+
+// Dense causal attention of q over the cache. `attend.shape.queries`, `keys`, the strides of q and out, tile and splits
+// are made from the step; `partial` has room for cpmcu_partial_floats().
+typedef struct {
+    const cpmcu_step *step;
+    native_attend_args attend;
+} cpmcu_attend_args;
+
+// Quantises rows [rows, cols] of floats or bfloat16 to one of the layouts above; integers by the largest magnitude of
+// a group, each value to the nearest step. Or, with `codes`, lays out what is quantised already: int8 [rows, cols] with
+// float16 scales [rows, cols / group].
+typedef struct {
+    const void *from;
+    const uint16_t *given_scales;
+    int64_t row;  // stride
+    cpmcu_matrix to;
+    int32_t dtype, codes;
+} cpmcu_lay_out_args;
+
+int32_t cpmcu_embed(const cpmcu_embed_args *, int32_t ith, int32_t nth);
+int32_t cpmcu_norm(const cpmcu_norm_args *, int32_t ith, int32_t nth);
+int32_t cpmcu_pack(const cpmcu_pack_args *, int32_t ith, int32_t nth);
+int32_t cpmcu_swiglu(const cpmcu_swiglu_args *, int32_t ith, int32_t nth);
+int32_t cpmcu_multiply(const cpmcu_multiply_args *, int32_t ith, int32_t nth);
+int32_t cpmcu_rotate(const cpmcu_rotate_args *, int32_t ith, int32_t nth);
+int32_t cpmcu_attend(const cpmcu_attend_args *, int32_t ith, int32_t nth);
+int32_t cpmcu_merge(const cpmcu_attend_args *, int32_t ith, int32_t nth);
+int32_t cpmcu_lay_out(const cpmcu_lay_out_args *, int32_t ith, int32_t nth);
+
+int64_t cpmcu_matrix_bytes(const cpmcu_matrix *);  // of its data
+int64_t cpmcu_multiply_work(const cpmcu_matrix *); // bytes a thread
+int64_t cpmcu_attend_work(const native_shape *);   // bytes a thread
+int64_t cpmcu_partial_floats(const native_shape *);
+int32_t cpmcu_level(void);
+const char *cpmcu_level_name(int32_t);
+
+typedef struct {
+    int32_t (*operation)(const void *, int32_t, int32_t);
+    const void *args;
+} cpmcu_record;
+
+// `threads` threads, the caller's one of them: the others sleep between calls of `cpmcu_run`. Null if there are none to
+// be had. One call at a time.
+void *cpmcu_pool(int32_t threads);
+void cpmcu_free_pool(void *pool);
+int32_t cpmcu_run(void *pool, const cpmcu_record *records, int32_t count);  // 0, or the first error
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,63 @@
+// The C interface: picks the level once and hands on. The only file compiled for any processor.
+#include "cpu_level.hpp"
+#include "multiply.hpp"
+#include "parallel.hpp"
+#include "pool.hpp"
+#include "tokens.hpp"
+
+using namespace native;
+
+#define EACH(DO)                      \
+    DO(embed, cpmcu_embed_args)       \
+    DO(norm, cpmcu_norm_args)         \
+    DO(pack, cpmcu_pack_args)         \
+    DO(swiglu, cpmcu_swiglu_args)     \
+    DO(multiply, cpmcu_multiply_args) \
+    DO(rotate, cpmcu_rotate_args)     \
+    DO(attend, cpmcu_attend_args)     \
+    DO(merge, cpmcu_attend_args)      \
+    DO(lay_out, cpmcu_lay_out_args)
+
+#if defined(__x86_64__)
+#define DECLARE(name, args)                                         \
+    int32_t cpmcu_##name##_scalar(const args *, int32_t, int32_t); \
+    int32_t cpmcu_##name##_avx2(const args *, int32_t, int32_t);   \
+    int32_t cpmcu_##name##_avx512(const args *, int32_t, int32_t); \
+    int32_t cpmcu_##name##_avx512_bf16(const args *, int32_t, int32_t);
+#define PICK(name) {cpmcu_##name##_scalar, cpmcu_##name##_avx2, cpmcu_##name##_avx512, cpmcu_##name##_avx512_bf16}
+#else
+#define DECLARE(name, args) int32_t cpmcu_##name##_scalar(const args *, int32_t, int32_t);
+#define PICK(name) {cpmcu_##name##_scalar}
+#endif
+#define ENTRY(name, args)                                                             \
+    int32_t cpmcu_##name(const args *a, int32_t ith, int32_t nth) {                   \
+        static int32_t (*const levels[])(const args *, int32_t, int32_t) = PICK(name); \
+        return levels[cpmcu_level()](a, ith, nth);                                    \
+    }
+
+extern "C" {
+int32_t cpmcu_level(void) {
+    static const Level level = chosen_level("CPMCU_CPU_LEVEL", AVX512_BF16);
+    return level;
+}
+const char *cpmcu_level_name(int32_t level) { return level_name(level); }
+
+EACH(DECLARE)
+EACH(ENTRY)
+
+int32_t cpmcu_parallel(ParallelFor pool, Operation operation, const void *args, int32_t nth) {
+    return run_on(pool, operation, args, nth);
+}
+int32_t cpmcu_steps(ParallelFor pool, const Step *steps, int32_t count) { return run_steps(pool, steps, count); }
+
+int64_t cpmcu_matrix_bytes(const cpmcu_matrix *m) { return panels_of(*m) * panel_bytes(*m); }
+int64_t cpmcu_multiply_work(const cpmcu_matrix *m) { return round_up(multiply_work(*m), 64); }
+int64_t cpmcu_attend_work(const native_shape *s) { return round_up(attend_work(s, TILE), 64); }
+int64_t cpmcu_partial_floats(const native_shape *s) { return s->kv_heads * MOST_SPLITS * partial_floats(s); }
+
+void *cpmcu_pool(int32_t threads) { return Pool::make(threads); }
+void cpmcu_free_pool(void *pool) { delete static_cast<Pool *>(pool); }
+int32_t cpmcu_run(void *pool, const cpmcu_record *records, int32_t count) {
+    return static_cast<Pool *>(pool)->run(records, count);
+}
+}

@@ -1,0 +1,216 @@
+// Products of packed rows with packed weights: matrix-vector for one token, matrix-matrix for more, from one kernel, so
+// that a token's result does not depend on how many others came with it.
+//
+// Integers: weights are unsigned bytes, activations signed ones; a group's sum is exact in 32 bits and starts from minus
+// the zero point times the activations' sum. It is scaled by the weights' factor, and `span` groups together by the
+// activations'.
+#pragma once
+#include "args.h"
+#include "panel.hpp"
+
+namespace native {
+inline namespace NATIVE_LEVEL {
+
+inline int64_t panels_of(const cpmcu_matrix &m) { return (m.rows + ROWS - 1) / ROWS; }
+inline int64_t panel_bytes(const cpmcu_matrix &m) {
+    const int64_t per_16[] = {64 * ROWS, 32 * ROWS, 16 * ROWS, 8 * ROWS};
+    return m.cols * per_16[m.kind] / 16;
+}
+inline int64_t bytes_of_rows(int32_t kind, int64_t cols) { return kind == CPMCU_FLOAT32 ? 4 * cols : kind == CPMCU_BFLOAT16 ? 2 * cols : cols; }
+// Bytes a thread: two panels of int4 as bytes.
+inline int64_t multiply_work(const cpmcu_matrix &m) { return (m.kind == CPMCU_INT4 ? 2 * ROWS * m.cols : 0) + 128; }
+
+// 4-bit weights as bytes [cols / 4][16][4], their zero point still 8.
+inline void widen_panel(const uint8_t *from, int64_t cols, uint8_t *to) {
+    for (int64_t i = 0; i < cols / 8; ++i, from += 64, to += 128)
+        for (int j = 0; j < 64; ++j) to[j] = from[j] & 15, to[64 + j] = from[j] >> 4;
+}
+
+// What follows makes `out` [R][N][16] for N tokens of a block of W and R panels, whose weights lie `apart` bytes from each
+// other. Several panels share the broadcasts, several tokens the loads of weights.
+
+// NIBBLES: two columns in a byte, as int4 is stored. Scales of the panels lie `scales_apart` from each other.
+template <int N, int W, int R, bool NIBBLES>
+inline void integer_panels(const uint8_t *w, ptrdiff_t apart, const uint16_t *scales, ptrdiff_t scales_apart, const int8_t *a,
+                           const float *a_scales, const int32_t *offsets, int64_t groups, int group, int span, float *out) {
+    using P = Panel;
+    for (int64_t g = 0; g < groups; g += span) {
+        typename P::F part[R][N];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 12
+            for (int t = 0; t < N; ++t) part[r][t] = P::zero();
+        for (int s = 0; s < span; ++s) {
+            typename P::I acc[R][N];
+#pragma GCC unroll 12
+            for (int t = 0; t < N; ++t) {
+                const auto start = P::unit(offsets + (g + s) * W + t);
+#pragma GCC unroll 2
+                for (int r = 0; r < R; ++r) acc[r][t] = start;
+            }
+            for (int k = 0; k < group; k += NIBBLES ? 8 : 4, w += 64) {
+                typename P::I bytes[R];
+#pragma GCC unroll 2
+                for (int r = 0; r < R; ++r) bytes[r] = P::bytes(w + r * apart);
+#pragma GCC unroll 2
+                for (int half = 0; half < (NIBBLES ? 2 : 1); ++half, a += W * 4)
+#pragma GCC unroll 12
+                    for (int t = 0; t < N; ++t) {
+                        const auto four = P::unit(a + t * 4);
+#pragma GCC unroll 2
+                        for (int r = 0; r < R; ++r)
+                            acc[r][t] = P::dot(acc[r][t], !NIBBLES ? bytes[r] : half ? P::high(bytes[r]) : P::low(bytes[r]), four);
+                    }
+            }
+#pragma GCC unroll 2
+            for (int r = 0; r < R; ++r) {
+                const auto scale = P::halves(scales + r * scales_apart + (g + s) * ROWS);
+#pragma GCC unroll 12
+                for (int t = 0; t < N; ++t) part[r][t] = P::fma(P::to_float(acc[r][t]), scale, part[r][t]);
+            }
+        }
+        // The running sums rest in memory, where they leave registers free.
+        const float *factor = a_scales + g / span * W;
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 12
+            for (int t = 0; t < N; ++t) {
+                float *total = out + (r * N + t) * ROWS;
+                P::store(total, P::fma(part[r][t], P::set(factor[t]), g ? P::load(total) : P::zero()));
+            }
+    }
+}
+
+template <int N, int W, int R> inline void pair_panels(const uint8_t *w, ptrdiff_t apart, const char *a, int64_t cols, float *out) {
+    using P = Panel;
+    typename P::F acc[R][N];
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 12
+        for (int t = 0; t < N; ++t) acc[r][t] = P::zero();
+    for (int64_t k = 0; k < cols; k += 2, w += 64, a += W * 4) {
+        typename P::I weights[R];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) weights[r] = P::bytes(w + r * apart);
+#pragma GCC unroll 12
+        for (int t = 0; t < N; ++t) {
+            const auto two = P::unit(a + t * 4);
+#pragma GCC unroll 2
+            for (int r = 0; r < R; ++r) acc[r][t] = P::pairs(acc[r][t], weights[r], two);
+        }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 12
+        for (int t = 0; t < N; ++t) P::store(out + (r * N + t) * ROWS, acc[r][t]);
+}
+
+// Sums of 64 columns at a time: the error of one long sum would grow with its length.
+template <int N, int W, int R> inline void float_panels(const float *w, ptrdiff_t apart, const float *a, int64_t cols, float *out) {
+    using P = Panel;
+    for (int64_t begin = 0; begin < cols; begin += 64) {
+        typename P::F acc[R][N];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 12
+            for (int t = 0; t < N; ++t) acc[r][t] = P::zero();
+        for (int64_t k = begin; k < cols && k < begin + 64; ++k, w += ROWS, a += W) {
+            typename P::F weights[R];
+#pragma GCC unroll 2
+            for (int r = 0; r < R; ++r) weights[r] = P::load(w + r * apart);
+#pragma GCC unroll 12
+            for (int t = 0; t < N; ++t) {
+                const auto one = P::set(a[t]);
+#pragma GCC unroll 2
+                for (int r = 0; r < R; ++r) acc[r][t] = P::fma(weights[r], one, acc[r][t]);
+            }
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 12
+            for (int t = 0; t < N; ++t) {
+                float *total = out + (r * N + t) * ROWS;
+                P::store(total, begin ? P::fma(acc[r][t], P::set(1.f), P::load(total)) : acc[r][t]);
+            }
+    }
+}
+
+struct Product {
+    const cpmcu_multiply_args &a;
+    const cpmcu_matrix &m;
+    int64_t tokens;
+    char *work;
+
+    // `count` of N tokens from `token` on, for R panels from p on, whose weights lie at `w`.
+    template <int N, int W, int R, bool NIBBLES> void part(int64_t p, const uint8_t *w, int64_t token, int count) const {
+        alignas(64) float out[R * N * ROWS];
+        for (int t = 0; t < count; ++t)  // far apart, each on a page of its own
+            for (int r = 0; r < R; ++r) __builtin_prefetch(a.out + (token + t) * m.rows + (p + r) * ROWS, 1);
+        const int64_t block = token / TOKENS * TOKENS, t0 = token - block, apart = panel_bytes(m);
+        const char *rows = static_cast<const char *>(a.from.data) + block * bytes_of_rows(m.kind, m.cols) + t0 * 4;
+        if (m.kind == CPMCU_FLOAT32) {
+            float_panels<N, W, R>(reinterpret_cast<const float *>(w), apart / 4, reinterpret_cast<const float *>(rows), m.cols, out);
+        } else if (m.kind == CPMCU_BFLOAT16) {
+            pair_panels<N, W, R>(w, apart, rows, m.cols, out);
+        } else {
+            const int64_t groups = m.cols / m.group;
+            integer_panels<N, W, R, NIBBLES>(w, NIBBLES ? apart : ROWS * m.cols, m.scales + p * groups * ROWS, groups * ROWS,
+                                             reinterpret_cast<const int8_t *>(rows), a.from.scales + block * (groups / a.from.span) + t0,
+                                             a.from.offsets + block * groups + t0, groups, m.group, a.from.span, out);
+        }
+        for (int r = 0; r < R; ++r) {
+            const int64_t row = (p + r) * ROWS, here = m.rows - row < ROWS ? m.rows - row : ROWS;
+            const auto alpha = Panel::set(a.alpha), bias = a.bias && here == ROWS ? Panel::load(a.bias + row) : Panel::zero();
+            for (int t = 0; t < count; ++t) {
+                float *to = a.out + (token + t) * m.rows + row;
+                const float *from = out + (r * N + t) * ROWS;
+                if (here == ROWS)
+                    Panel::store(to, Panel::fma(Panel::load(from), alpha, a.add ? Panel::load(to) : bias));
+                else
+                    for (int i = 0; i < here; ++i) to[i] = a.alpha * from[i] + (a.add ? to[i] : a.bias ? a.bias[row + i] : 0.f);
+            }
+        }
+    }
+
+    // One token: panel after panel, so that weights are read as they lie.
+    void vector(int64_t begin, int64_t end) const {
+        const uint8_t *w = static_cast<const uint8_t *>(m.data);
+        for (int64_t p = begin; p < end; ++p)
+            m.kind == CPMCU_INT4 ? part<1, 1, 1, true>(p, w + p * panel_bytes(m), 0, 1) : part<1, 1, 1, false>(p, w + p * panel_bytes(m), 0, 1);
+    }
+
+    template <int R> void panels(int64_t p, int64_t begin, int64_t end) const {
+        const uint8_t *w = static_cast<const uint8_t *>(m.data) + p * panel_bytes(m);
+        if (m.kind == CPMCU_INT4) {
+            uint8_t *wide = reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(work) + 63) & ~uintptr_t(63));
+            for (int r = 0; r < R; ++r) widen_panel(w + r * panel_bytes(m), m.cols, wide + r * ROWS * m.cols);
+            w = wide;
+        }
+        constexpr int N = 6;
+        for (int64_t t = begin; t < end; t += N) {
+            const int64_t left = tokens - t;
+            left > 3 ? part<N, TOKENS, R, false>(p, w, t, int(left < N ? left : N)) : part<3, TOKENS, R, false>(p, w, t, int(left));
+        }
+    }
+};
+
+inline int32_t multiply(const cpmcu_multiply_args &a, int32_t ith, int32_t nth) {
+    const cpmcu_matrix &m = a.weights;
+    if (m.kind < CPMCU_FLOAT32 || m.kind > CPMCU_INT4) return 1;
+    const bool one = a.last && !a.step->every;
+    const Product product{a, m, one ? 1 : a.step->tokens, a.work + ith * a.work_stride};
+    const int64_t panels = panels_of(m), begin = ith * panels / nth, end = (ith + 1) * panels / nth;
+    if (product.tokens == 1) return product.vector(begin, end), 0;
+    // So many tokens at a time that they and their results stay in the second-level cache.
+    const int64_t some = 96;
+    for (int64_t t = 0; t < product.tokens; t += some) {
+        const int64_t until = t + some < product.tokens ? t + some : product.tokens;
+        int64_t p = begin;
+        for (; p + 2 <= end; p += 2) product.panels<2>(p, t, until);
+        for (; p < end; ++p) product.panels<1>(p, t, until);
+    }
+    return 0;
+}
+
+}  // namespace NATIVE_LEVEL
+}  // namespace native

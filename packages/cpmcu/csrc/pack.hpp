@@ -1,0 +1,239 @@
+// Rows of floats as a matrix wants them, in blocks of 12 tokens; and what happens to them on the way: normalisation,
+// gating.
+#pragma once
+#include "multiply.hpp"
+
+namespace native {
+inline namespace NATIVE_LEVEL {
+
+constexpr int SPAN_COLUMNS = 512;  // at most, that share a factor: `span` groups
+
+// Row t of a block of W, from floats [cols]; SPAN_COLUMNS of them at a time.
+inline void place(const cpmcu_packed &to, int64_t block, int W, int t, const float *x) {
+    const int64_t cols = to.cols, at = block * TOKENS;
+    char *rows = static_cast<char *>(to.data) + at * bytes_of_rows(to.kind, cols);
+    if (to.kind == CPMCU_FLOAT32) {
+        float *out = reinterpret_cast<float *>(rows) + t;
+        for (int64_t k = 0; k < cols; ++k) out[k * W] = x[k];
+        return;
+    }
+    if (to.kind == CPMCU_BFLOAT16) {
+        bf16 *out = reinterpret_cast<bf16 *>(rows) + 2 * t;
+        for (int64_t k = 0; k < cols; ++k) from_float(x[k], out + k / 2 * W * 2 + k % 2);
+        return;
+    }
+    const int64_t groups = cols / to.group, width = int64_t(to.group) * to.span;
+    const int32_t zero = to.kind == CPMCU_INT8 ? 128 : 8;
+    using P = Panel;
+    alignas(64) int8_t q[SPAN_COLUMNS];
+    for (int64_t begin = 0, g = 0; begin < cols; begin += width) {
+        const float *from = x + begin;
+        auto most = P::zero();
+        bool odd = false;
+        for (int64_t i = 0; i < width; i += ROWS) {
+            const auto value = P::load(from + i);
+            most = P::max(P::abs(value), most);
+            odd |= P::any_nan(value);
+        }
+        // What is not finite spoils the row on purpose: the logits tell.
+        const float top = P::most(most);
+        odd |= !(top < INFINITY);
+        const auto inverse = P::set(top > 0.f && !odd ? 127.f / top : 0.f);
+        to.scales[at * (groups / to.span) + begin / width * W + t] = odd ? NAN : top / 127.f;
+        for (int s = 0; s < to.span; ++s, ++g) {
+            int32_t sum = 0;
+            for (int i = s * to.group; i < (s + 1) * to.group; i += ROWS) {
+                const auto code = odd ? P::round(P::zero()) : P::round(P::mul(P::load(from + i), inverse));
+                P::store_bytes(q + i, code);
+                sum += P::sum(code);
+            }
+            to.offsets[at * groups + g * W + t] = -zero * sum;
+        }
+        for (int64_t k = 0; k < width; k += 4) std::memcpy(rows + ((begin + k) / 4 * W + t) * 4, q + k, 4);
+    }
+}
+
+// Calls f(block, W, t, token) for share `ith` of `nth` of `tokens`, whole blocks.
+template <class F> inline void for_blocks(int64_t tokens, int32_t ith, int32_t nth, F f) {
+    const int W = tokens == 1 ? 1 : TOKENS;
+    for (int64_t b = ith; b * TOKENS < tokens; b += nth)
+        for (int t = 0; t < TOKENS && b * TOKENS + t < tokens; ++t) f(b, W, t, b * TOKENS + t);
+}
+
+constexpr int MOST_COLUMNS = 1 << 15;  // of a matrix: a row of floats on the stack of a thread
+
+inline int32_t norm(const cpmcu_norm_args &a, int32_t ith, int32_t nth) {
+    const int64_t cols = a.to.cols, T = a.step->tokens;
+    const bool one = a.last && !a.step->every;
+    float y[MOST_COLUMNS];
+    for_blocks(one ? 1 : T, ith, nth, [&](int64_t b, int W, int t, int64_t token) {
+        const float *x = a.x + (one ? T - 1 : token) * cols;
+        auto part = Panel::zero();
+        int64_t at = 0;
+        for (; at + ROWS <= cols; at += ROWS) part = Panel::fma(Panel::load(x + at), Panel::load(x + at), part);
+        float sum = Panel::sum(part);
+        for (; at < cols; ++at) sum += x[at] * x[at];
+        const float factor = a.scale / std::sqrt(sum / float(cols) + a.eps);
+        for (int64_t i = 0; i < cols; ++i) y[i] = x[i] * factor * a.weight[i];
+        place(a.to, b, W, t, y);
+    });
+    return 0;
+}
+
+template <class Source> inline void pack_rows(const cpmcu_pack_args &a, int32_t ith, int32_t nth) {
+    const int64_t T = a.step->tokens;
+    float y[MOST_COLUMNS];
+    for_blocks(T, ith, nth, [&](int64_t b, int W, int t, int64_t token) {
+        for (int64_t h = 0; h < a.heads; ++h) {
+            const Source *from = static_cast<const Source *>(a.out) + (h * T + token) * a.dim;
+            for (int64_t d = 0; d < a.dim; ++d) y[h * a.dim + d] = to_float(from[d]);
+        }
+        place(a.to, b, W, t, y);
+    });
+}
+
+inline int32_t pack(const cpmcu_pack_args &a, int32_t ith, int32_t nth) {
+    if (a.dtype != 0 && a.dtype != 1) return 1;
+    a.dtype ? pack_rows<bf16>(a, ith, nth) : pack_rows<float>(a, ith, nth);
+    return 0;
+}
+
+#if defined(__AVX512F__)
+using Lanes = Zmm;
+#elif defined(__AVX2__)
+using Lanes = Ymm;
+#else
+using Lanes = Plain<8>;
+#endif
+
+// silu(gate) * up.
+inline void gated(const float *gate, const float *up, int64_t n, float *y) {
+    constexpr int L = Lanes::L;
+    int64_t i = 0;
+    const auto minus_log2e = Lanes::set(-LOG2E), one = Lanes::set(1.f);
+    for (; i + L <= n; i += L) {
+        const auto x = Lanes::load(gate + i);
+        const auto below = Lanes::add(one, Lanes::exp2(Lanes::mul(x, minus_log2e)));
+        Lanes::store(y + i, Lanes::div(Lanes::mul(x, Lanes::load(up + i)), below));
+    }
+    for (; i < n; ++i) y[i] = gate[i] * up[i] / (1.f + std::exp(-gate[i]));
+}
+
+inline int32_t swiglu(const cpmcu_swiglu_args &a, int32_t ith, int32_t nth) {
+    const int64_t F = a.to.cols;
+    float y[MOST_COLUMNS];
+    for_blocks(a.step->tokens, ith, nth, [&](int64_t b, int W, int t, int64_t token) {
+        const float *gate = a.gate_up + token * 2 * F;
+        gated(gate, gate + F, F, y);
+        place(a.to, b, W, t, y);
+    });
+    return 0;
+}
+
+// ---- weights: the other side of the product
+
+template <class Source> inline void read_row(const Source *from, int64_t n, float *to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+}
+
+// Row `r` of a matrix as floats.
+inline void row_of(const cpmcu_matrix &m, int64_t r, float *to) {
+    const char *panel = static_cast<const char *>(m.data) + r / ROWS * panel_bytes(m);
+    const int64_t lane = r % ROWS;
+    if (m.kind == CPMCU_FLOAT32) {
+        for (int64_t k = 0; k < m.cols; ++k) to[k] = reinterpret_cast<const float *>(panel)[k * ROWS + lane];
+    } else if (m.kind == CPMCU_BFLOAT16) {
+        for (int64_t k = 0; k < m.cols; ++k) to[k] = to_float(reinterpret_cast<const bf16 *>(panel)[(k / 2 * ROWS + lane) * 2 + k % 2]);
+    } else {
+        const uint8_t *bytes = reinterpret_cast<const uint8_t *>(panel);
+        const uint16_t *scales = m.scales + r / ROWS * (m.cols / m.group) * ROWS + lane;
+        for (int64_t k = 0; k < m.cols; ++k) {
+            int code;
+            if (m.kind == CPMCU_INT8)
+                code = bytes[(k / 4 * ROWS + lane) * 4 + k % 4] - 128;
+            else
+                code = (bytes[(k / 8 * ROWS + lane) * 4 + k % 4] >> (k / 4 % 2 * 4) & 15) - 8;
+            to[k] = float(code) * half_to_float(scales[k / m.group * ROWS]);
+        }
+    }
+}
+
+inline int32_t embed(const cpmcu_embed_args &a, int32_t ith, int32_t nth) {
+    const int64_t cols = a.table.cols;
+    for (int64_t t = ith; t < a.step->tokens; t += nth) {
+        float *x = a.x + t * cols;
+        row_of(a.table, a.step->ids[t], x);
+        for (int64_t i = 0; i < cols; ++i) x[i] *= a.scale;
+    }
+    return 0;
+}
+
+// Integer weights of one row, codes from 0 up, and their scales.
+inline void quantise_row(const float *x, const cpmcu_matrix &m, uint8_t *codes, uint16_t *scales) {
+    const int most_code = m.kind == CPMCU_INT8 ? 127 : 8, zero = m.kind == CPMCU_INT8 ? 128 : 8;
+    for (int64_t g = 0; g < m.cols / m.group; ++g) {
+        const float *from = x + g * m.group;
+        float most = 0.f;
+        for (int i = 0; i < m.group; ++i) most = std::fabs(from[i]) > std::fabs(most) ? from[i] : most;
+        // Four bits reach from -8 to 7: the largest magnitude gets the -8. Eight bits are symmetric.
+        const float wanted = m.kind == CPMCU_INT8 ? std::fabs(most) / most_code : -most / most_code;
+        scales[g] = float_to_half(wanted);
+        const float scale = half_to_float(scales[g]), inverse = scale != 0.f ? 1.f / scale : 0.f;
+        for (int i = 0; i < m.group; ++i) {
+            float code = std::rint(from[i] * inverse) + zero;
+            const float top = m.kind == CPMCU_INT8 ? 255.f : 15.f;
+            code = code > top ? top : (code < 0.f ? 0.f : code);
+            codes[g * m.group + i] = uint8_t(code == code ? code : zero);
+        }
+    }
+}
+
+inline int32_t lay_out(const cpmcu_lay_out_args &a, int32_t ith, int32_t nth) {
+    const cpmcu_matrix &m = a.to;
+    if (m.kind < CPMCU_FLOAT32 || m.kind > CPMCU_INT4 || m.cols > MOST_COLUMNS) return 1;
+    const int64_t groups = m.group ? m.cols / m.group : 0;
+    float x[MOST_COLUMNS];
+    uint8_t codes[MOST_COLUMNS];
+    uint16_t scales[MOST_COLUMNS / 8];
+    for (int64_t p = ith; p < panels_of(m); p += nth) {
+        char *panel = const_cast<char *>(static_cast<const char *>(m.data)) + p * panel_bytes(m);
+        for (int lane = 0; lane < ROWS; ++lane) {
+            const int64_t r = p * ROWS + lane;
+            const bool real = r < m.rows;
+            if (!real || a.codes)
+                std::memset(x, 0, sizeof(float) * m.cols);
+            else
+                a.dtype ? read_row(static_cast<const bf16 *>(a.from) + r * a.row, m.cols, x) : read_row(static_cast<const float *>(a.from) + r * a.row, m.cols, x);
+            if (m.kind == CPMCU_FLOAT32) {
+                for (int64_t k = 0; k < m.cols; ++k) reinterpret_cast<float *>(panel)[k * ROWS + lane] = x[k];
+                continue;
+            }
+            if (m.kind == CPMCU_BFLOAT16) {
+                for (int64_t k = 0; k < m.cols; ++k) from_float(x[k], reinterpret_cast<bf16 *>(panel) + (k / 2 * ROWS + lane) * 2 + k % 2);
+                continue;
+            }
+            if (a.codes && real) {
+                const int8_t *given = static_cast<const int8_t *>(a.from) + r * a.row;
+                for (int64_t k = 0; k < m.cols; ++k) codes[k] = uint8_t(given[k] + (m.kind == CPMCU_INT8 ? 128 : 8));
+                std::memcpy(scales, a.given_scales + r * groups, sizeof(uint16_t) * groups);
+            } else {
+                quantise_row(x, m, codes, scales);
+            }
+            uint8_t *bytes = reinterpret_cast<uint8_t *>(panel);
+            for (int64_t k = 0; k < m.cols; ++k) {
+                if (m.kind == CPMCU_INT8) {
+                    bytes[(k / 4 * ROWS + lane) * 4 + k % 4] = codes[k];
+                } else {
+                    uint8_t &byte = bytes[(k / 8 * ROWS + lane) * 4 + k % 4];
+                    byte = k / 4 % 2 ? uint8_t(byte | codes[k] << 4) : codes[k];
+                }
+            }
+            uint16_t *to = const_cast<uint16_t *>(m.scales) + p * groups * ROWS + lane;
+            for (int64_t g = 0; g < groups; ++g) to[g * ROWS] = scales[g];
+        }
+    }
+    return 0;
+}
+
+}  // namespace NATIVE_LEVEL
+}  // namespace native

@@ -1,0 +1,210 @@
+"""The decoder in native code: a list of records, built once, that threads go through per token.
+
+The list reads like the model (`_layer`). What changes between calls is one small structure that
+all arguments point to, so no Python runs inside of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpmcu import cpu_library as c
+from cpmcu.cache import KVCache
+from cpmcu.cpu_weights import PackedLayer, PackedMatrix, PackedWeights
+from cpmcu.rope import RopeTable
+from cpmcu.spec import ModelSpec
+
+_BLOCK = 12  # tokens of a block of packed rows
+_MOST_COLUMNS, _MOST_HEAD = 1 << 15, 2048  # what a thread's stack holds
+_SPAN = 1  # groups of 32 columns that share an activation scale, at most: 4 cost 0.5 % perplexity
+
+
+def is_supported(spec: ModelSpec, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether this backend can run `spec` in `dtype`, and why not."""
+    library, reason = c.kernels()
+    if library is None:
+        return False, reason
+    if dtype not in c.DTYPES:
+        return False, f"needs float32 or bfloat16, got {dtype}"
+    if spec.window is not None and spec.window < spec.max_context:
+        return False, "sliding windows are in the reference backend only"
+    if max(spec.hidden, spec.ffn, spec.heads * spec.head_dim) > _MOST_COLUMNS:
+        return False, f"matrices of more than {_MOST_COLUMNS} columns"
+    if spec.head_dim > _MOST_HEAD:
+        return False, f"heads of more than {_MOST_HEAD}"
+    return True, ""
+
+
+class Decoder:
+    """A model ready to run: `forward` appends tokens to a cache and returns logits.
+
+    Args:
+        spec: the model.
+        weights: from `cpu_weights.pack_model`.
+        dtype: of keys and values.
+        pool: threads, this decoder's own.
+        chunk: tokens of a call, at most.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, weights: PackedWeights, dtype: torch.dtype, pool: c.Pool, chunk: int
+    ) -> None:
+        library, reason = c.kernels()
+        assert library is not None, reason
+        self._library, self.spec, self.weights = library, spec, weights
+        self.dtype, self.pool, self.chunk = dtype, pool, chunk
+        self._rope = RopeTable(spec.rope, spec.head_dim, torch.float32)
+        self._kept: list[Any] = []  # tensors that arguments point into
+        self._step = c.Step()
+        self._at = c.ctypes.addressof(self._step)
+        self._x = self._floats(spec.hidden)
+        self._qkv = self._floats(spec.qkv_rows)
+        self._gate_up = self._floats(2 * spec.ffn)
+        self._q, self._out = (
+            self._room(chunk, spec.heads * spec.head_dim, dtype) for _ in range(2)
+        )
+        matrices = [m for x in weights.layers for m in (x.qkv, x.output, x.gate_up, x.down)]
+        self._work_size = max(
+            library.multiply_work(c.ctypes.byref(m.struct)) for m in (*matrices, weights.head)
+        )
+        self._work = self._room(pool.threads, self._work_size, torch.uint8)
+        self._attention = self._shared_attention()
+        self._caches: list[tuple[Any, Any]] = []
+        steps = [
+            ("embed", c.EmbedArgs(self._at, weights.embedding.struct, self._x.data_ptr(),
+                                  spec.embed_scale, 0)),
+        ]  # fmt: skip
+        for layer in weights.layers:
+            steps += self._layer(layer)
+        steps += self._norm(weights.norm, weights.head, scale=spec.logit_scale, last=True)
+        self._head = self._multiply(weights.head, None, last=True)
+        steps.append(("multiply", self._head))
+        self._records = c.Records(steps)
+        self._bound: tuple[int, ...] = ()
+
+    def _layer(self, layer: PackedLayer) -> list[tuple[str, Any]]:
+        spec = self.spec
+        rotate = c.RotateArgs(
+            self._at, self._qkv.data_ptr(), c.address(layer.q_norm), c.address(layer.k_norm),
+            self._q.data_ptr(), None, None, spec.heads, spec.kv_heads, spec.head_dim, 0,
+            spec.rms_eps, c.DTYPES[self.dtype],
+        )  # fmt: skip
+        attend = c.AttendArgs(self._at, self._attention)
+        self._caches.append((rotate, attend))
+        attended, hidden = self._packed(layer.output), self._packed(layer.down)
+        return [
+            *self._norm(layer.attention_norm, layer.qkv),
+            ("multiply", self._multiply(layer.qkv, self._qkv, bias=layer.qkv_bias)),
+            ("rotate", rotate),
+            ("attend", attend),
+            ("merge", attend),
+            ("pack", c.PackArgs(self._at, self._out.data_ptr(), attended, spec.heads,
+                                spec.head_dim, c.DTYPES[self.dtype], 0)),
+            ("multiply", self._multiply(layer.output, self._x, add=spec.residual_scale)),
+            *self._norm(layer.ffn_norm, layer.gate_up),
+            ("multiply", self._multiply(layer.gate_up, self._gate_up)),
+            ("swiglu", c.SwigluArgs(self._at, self._gate_up.data_ptr(), hidden)),
+            ("multiply", self._multiply(layer.down, self._x, add=spec.residual_scale)),
+        ]  # fmt: skip
+
+    def _norm(
+        self, weight: Tensor, reader: PackedMatrix, *, scale: float = 1.0, last: bool = False
+    ) -> list[tuple[str, Any]]:
+        args = c.NormArgs(
+            self._at, self._x.data_ptr(), weight.data_ptr(), self._packed(reader),
+            self.spec.rms_eps, scale, last, 0,
+        )  # fmt: skip
+        return [("norm", args)]
+
+    def _multiply(
+        self, matrix: PackedMatrix, out: Tensor | None, *, bias: Tensor | None = None,
+        add: float | None = None, last: bool = False,
+    ) -> Any:  # fmt: skip
+        return c.MultiplyArgs(
+            self._at, matrix.struct, self._packed(matrix), c.address(out), c.address(bias),
+            self._work.data_ptr(), self._work_size, 1.0 if add is None else add, add is not None,
+            last, 0,
+        )  # fmt: skip
+
+    def _packed(self, reader: PackedMatrix) -> Any:
+        """Rows as `reader` wants them. One buffer for each width: at most one of a width is in use
+        at any time.
+        """
+        m = reader.struct
+        key = m.cols, m.kind
+        if not hasattr(self, "_packs"):
+            self._packs: dict[tuple[int, int], Any] = {}
+        if key not in self._packs:
+            tokens, integers = -(-self.chunk // _BLOCK) * _BLOCK, m.kind in (c.INT8, c.INT4)
+            groups = m.cols // m.group if integers else 0
+            span = max(s for s in range(1, _SPAN + 1) if groups % s == 0) if integers else 1
+            size = {c.FLOAT32: 4, c.BFLOAT16: 2}.get(m.kind, 1)
+            data = self._room(tokens, m.cols * size, torch.uint8)
+            scales = self._room(tokens, groups // span, torch.float32)
+            offsets = self._room(tokens, groups, torch.int32)
+            self._packs[key] = c.Packed(
+                data.data_ptr(), scales.data_ptr(), offsets.data_ptr(), m.cols, m.kind, m.group,
+                span, 0,
+            )  # fmt: skip
+        return self._packs[key]
+
+    def _shared_attention(self) -> Any:
+        spec = self.spec
+        D, K = spec.head_dim, spec.kv_heads
+        shape = c.Shape(1, K, spec.heads // K, 1, spec.max_context, D, c.DTYPES[self.dtype], 0)
+        size = self._library.attend_work(c.ctypes.byref(shape))
+        work = self._room(self.pool.threads, size, torch.uint8)
+        partial = self._room(1, self._library.partial_floats(c.ctypes.byref(shape)), torch.float32)
+        return c.NativeAttend(
+            shape, c.TensorView(self._q.data_ptr()), c.TensorView(None, 0, 0, D),
+            c.TensorView(None, 0, 0, D), None, 0, self._out.data_ptr(), None, work.data_ptr(), size,
+            partial.data_ptr(), 1, 1, 64, D**-0.5,
+        )  # fmt: skip
+
+    def _floats(self, width: int) -> Tensor:
+        return self._room(self.chunk, width, torch.float32)
+
+    def _room(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Memory on a 64-byte boundary, alive as long as this object."""
+        size = rows * width * dtype.itemsize
+        memory = torch.empty(size + 64, dtype=torch.uint8)
+        self._kept.append(memory)
+        skip = -memory.data_ptr() % 64
+        return memory[skip : skip + size].view(dtype)
+
+    def _bind(self, cache: KVCache) -> None:
+        """Point the layers at the cache's memory, if it has moved."""
+        at = tuple(arena.data_ptr() for arena in cache.layers)
+        if at == self._bound:
+            return
+        for arena, (rotate, attend) in zip(cache.layers, self._caches, strict=True):
+            room = arena.shape[2]
+            rotate.k, rotate.v, rotate.room = arena[0].data_ptr(), arena[1].data_ptr(), room
+            for view, part in ((attend.attend.k, arena[0]), (attend.attend.v, arena[1])):
+                view.data, view.head = part.data_ptr(), room * self.spec.head_dim
+        self._bound = at
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: Tensor, cache: KVCache, *, length: int = 0, every: bool = False
+    ) -> Tensor:
+        """Run `tokens` (int64 [T], 1 <= T <= chunk) after those in `cache`, and append them to it.
+
+        Args and returns: as `reference.Decoder.forward`.
+        """
+        spec, step, start = self.spec, self._step, cache.length
+        tokens = tokens.contiguous()
+        end = start + len(tokens)
+        cache.reserve(end)
+        self._bind(cache)
+        cos, sin = (x.contiguous() for x in self._rope.rows(start, end, length=max(end, length)))
+        logits = torch.empty(len(tokens) if every else 1, spec.vocab)
+        step.tokens, step.start, step.every = len(tokens), start, every
+        step.ids, step.cos, step.sin = tokens.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        self._head.out = logits.data_ptr()
+        self.pool.run(self._records)
+        cache.length = end
+        return logits if every else logits[0]

@@ -1,0 +1,195 @@
+"""The C interface of the CPU kernels (`csrc/args.h`) as ctypes sees it, and a pool of threads."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from ctypes import Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpmcu import _native
+
+FLOAT32, BFLOAT16, INT8, INT4 = range(4)  # kinds of weights
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
+OPERATIONS = (
+    "embed", "norm", "pack", "swiglu", "multiply", "rotate", "attend", "merge", "lay_out",
+)  # fmt: skip
+
+
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+def _structure(name: str, *parts: list[tuple[str, Any]]) -> type[Structure]:
+    return type(name, (Structure,), {"_fields_": [field for part in parts for field in part]})
+
+
+TensorView = _structure("TensorView", [("data", c_void_p)], _fields(c_int64, "batch head row"))
+Shape = _structure(
+    "Shape",
+    _fields(c_int64, "batch kv_heads group queries keys dim"),
+    _fields(c_int32, "dtype unused"),
+)
+NativeAttend = _structure(
+    "NativeAttend",
+    [("shape", Shape), *_fields(TensorView, "q k v"), ("blocks", c_void_p), ("width", c_int64)],
+    _fields(c_void_p, "out lse work"),
+    [("work_stride", c_int64), ("partial", c_void_p)],
+    _fields(c_int64, "splits tile"),
+    [("block_size", c_int32), ("scale", c_float)],
+)
+Step = _structure(
+    "Step",
+    _fields(c_int64, "tokens start"),
+    _fields(c_void_p, "ids cos sin"),
+    _fields(c_int32, "every unused"),
+)
+Matrix = _structure(
+    "Matrix",
+    _fields(c_void_p, "data scales"),
+    _fields(c_int64, "rows cols"),
+    _fields(c_int32, "kind group"),
+)
+Packed = _structure(
+    "Packed",
+    _fields(c_void_p, "data scales offsets"),
+    [("cols", c_int64)],
+    _fields(c_int32, "kind group span unused"),
+)
+EmbedArgs = _structure(
+    "EmbedArgs",
+    [("step", c_void_p), ("table", Matrix), ("x", c_void_p), ("scale", c_float)],
+    [("unused", c_int32)],
+)
+NormArgs = _structure(
+    "NormArgs",
+    _fields(c_void_p, "step x weight"),
+    [("to", Packed), *_fields(c_float, "eps scale"), *_fields(c_int32, "last unused")],
+)
+PackArgs = _structure(
+    "PackArgs",
+    _fields(c_void_p, "step out"),
+    [("to", Packed), *_fields(c_int64, "heads dim"), *_fields(c_int32, "dtype unused")],
+)
+SwigluArgs = _structure("SwigluArgs", _fields(c_void_p, "step gate_up"), [("to", Packed)])
+MultiplyArgs = _structure(
+    "MultiplyArgs",
+    [("step", c_void_p), ("weights", Matrix), ("source", Packed)],
+    _fields(c_void_p, "out bias work"),
+    [("work_stride", c_int64), ("alpha", c_float), *_fields(c_int32, "add last unused")],
+)
+RotateArgs = _structure(
+    "RotateArgs",
+    _fields(c_void_p, "step qkv q_norm k_norm q k v"),
+    _fields(c_int64, "heads kv_heads dim room"),
+    [("eps", c_float), ("dtype", c_int32)],
+)
+AttendArgs = _structure("AttendArgs", [("step", c_void_p), ("attend", NativeAttend)])
+LayOutArgs = _structure(
+    "LayOutArgs",
+    _fields(c_void_p, "source given_scales"),
+    [("row", c_int64), ("to", Matrix), *_fields(c_int32, "dtype codes")],
+)
+Record = _structure("Record", _fields(c_void_p, "operation args"))
+
+
+class Kernels:
+    """The loaded library.
+
+    Attributes:
+        operations: addresses by name, for records.
+        level: instruction set in use: "scalar", "avx2", "avx512" or "avx512_bf16".
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self.operations = {
+            name: ctypes.cast(getattr(library, f"cpmcu_{name}"), c_void_p).value
+            for name in OPERATIONS
+        }
+        for name in ("matrix_bytes", "multiply_work", "attend_work", "partial_floats"):
+            function = getattr(library, f"cpmcu_{name}")
+            function.restype, function.argtypes = c_int64, [c_void_p]
+            setattr(self, name, function)
+        library.cpmcu_level_name.restype = c_char_p
+        self.level = library.cpmcu_level_name(library.cpmcu_level()).decode()
+        library.cpmcu_pool.restype, library.cpmcu_pool.argtypes = c_void_p, [c_int32]
+        library.cpmcu_free_pool.restype, library.cpmcu_free_pool.argtypes = None, [c_void_p]
+        library.cpmcu_run.restype = c_int32
+        library.cpmcu_run.argtypes = [c_void_p, c_void_p, c_int32]
+
+
+class Pool:
+    """Threads that run lists of records, and sleep between them. `close` ends them.
+
+    Args:
+        threads: how many, the caller's own one of them.
+
+    Raises:
+        RuntimeError: the system has no more threads to give.
+    """
+
+    def __init__(self, threads: int) -> None:
+        library, reason = kernels()
+        assert library is not None, reason
+        self.threads, self._library = threads, library._library
+        self._pool = self._library.cpmcu_pool(threads)
+        if not self._pool:
+            raise RuntimeError(f"the system gives no {threads} threads: ask for fewer")
+
+    def run(self, records: Records) -> None:
+        """Go through the records; Python's lock is free meanwhile.
+
+        Raises:
+            RuntimeError: an operation answered with an error.
+        """
+        if not self._pool:
+            raise RuntimeError("the pool is closed")
+        error = self._library.cpmcu_run(self._pool, records.address, records.count)
+        if error:
+            raise RuntimeError(f"an operation failed with code {error}: please report this")
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool:
+            self._library.cpmcu_free_pool(self._pool)
+            self._pool = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_pool", None):
+            self.close()
+
+
+class Records:
+    """A list of (operation, arguments) for `Pool.run`; keeps the arguments alive."""
+
+    def __init__(self, steps: Sequence[tuple[str, Structure]]) -> None:
+        library, reason = kernels()
+        assert library is not None, reason
+        self.steps = list(steps)
+        self._array = (Record * len(steps))(
+            *(Record(library.operations[name], ctypes.addressof(args)) for name, args in steps)
+        )
+        self.address, self.count = ctypes.addressof(self._array), len(steps)
+
+
+@functools.cache
+def kernels() -> tuple[Kernels | None, str]:
+    """The kernels, or None and why not. `CPMCU_CPU_LEVEL` names a lower level to use."""
+    wanted = os.environ.get("CPMCU_CPU_LEVEL")
+    if wanted is not None and wanted not in LEVELS:
+        return None, f"CPMCU_CPU_LEVEL must be one of {', '.join(LEVELS)}, got {wanted!r}"
+    library, reason = _native.load("cpmcu", Path(__file__).parent)
+    return (None, reason) if library is None else (Kernels(library), "")
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers begin."""
+    return None if tensor is None else tensor.data_ptr()

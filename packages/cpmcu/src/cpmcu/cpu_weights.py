@@ -1,0 +1,138 @@
+"""Weights laid out for the CPU kernels: panels of 16 rows, in float, bfloat16, 8 or 4 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpmcu import cpu_library as c
+from cpmcu.rounding import GROUP
+from cpmcu.spec import ModelSpec
+from cpmcu.weights import Weights
+
+KINDS = {"float32": c.FLOAT32, "bfloat16": c.BFLOAT16, "int8": c.INT8, "int4": c.INT4}
+
+
+@dataclass(slots=True)
+class PackedMatrix:
+    """`[rows, cols]` weights in the layout of `csrc/args.h`.
+
+    Attributes:
+        data: bytes of the panels.
+        scales: float16 bits, `[panels, cols / 32, 16]`; None for floats.
+        struct: the same for C.
+    """
+
+    data: Tensor
+    scales: Tensor | None
+    struct: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+
+def pack(weight: Tensor, kind: int, pool: c.Pool) -> PackedMatrix:
+    """Lay out weights; integers are quantised, 32 columns to a scale.
+
+    Args:
+        weight: `[rows, cols]`, float32 or bfloat16.
+        kind: FLOAT32, BFLOAT16, INT8 or INT4 of `cpu_library`.
+        pool: threads that do it.
+
+    Raises:
+        ValueError: the columns do not fill the layout's units.
+    """
+    rows, cols = weight.shape
+    unit = {c.FLOAT32: 1, c.BFLOAT16: 2}.get(kind, GROUP)
+    if cols % unit:
+        raise ValueError(
+            f"{'int8 and int4' if unit == GROUP else 'bfloat16'} weights need a multiple of {unit} "
+            f"columns, got {tuple(weight.shape)}: take another quant"
+        )
+    weight = weight.contiguous()
+    integers = kind in (c.INT8, c.INT4)
+    panels = -(-rows // 16)
+    matrix = c.Matrix(None, None, rows, cols, kind, GROUP if integers else 0)
+    library = c.kernels()[0]
+    assert library is not None
+    data = torch.empty(library.matrix_bytes(c.ctypes.byref(matrix)), dtype=torch.uint8)
+    scales = torch.empty(panels * cols // GROUP * 16, dtype=torch.int16) if integers else None
+    matrix.data, matrix.scales = data.data_ptr(), c.address(scales)
+    args = c.LayOutArgs(weight.data_ptr(), None, cols, matrix, c.DTYPES[weight.dtype], 0)
+    pool.run(c.Records([("lay_out", args)]))
+    return PackedMatrix(data, scales, matrix)
+
+
+@dataclass(slots=True)
+class PackedLayer:
+    """One layer; norms, biases in float32."""
+
+    attention_norm: Tensor
+    qkv: PackedMatrix
+    output: PackedMatrix
+    ffn_norm: Tensor
+    gate_up: PackedMatrix
+    down: PackedMatrix
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+@dataclass(slots=True)
+class PackedWeights:
+    """A model; `head` is `embedding` where they are tied."""
+
+    embedding: PackedMatrix
+    layers: list[PackedLayer]
+    norm: Tensor
+    head: PackedMatrix
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        parts: list[Any] = [self.embedding, self.norm]
+        parts += [] if self.head is self.embedding else [self.head]
+        for layer in self.layers:
+            parts += [getattr(layer, name) for name in PackedLayer.__slots__]
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> PackedWeights:
+    """All weights in one kind; with "int4" the embedding and the head have 8 bits.
+
+    The matrices of `weights` are let go layer by layer, so that both are never held whole.
+    """
+    kind = KINDS[quant]
+    outer = c.INT8 if kind == c.INT4 else kind
+
+    def floats(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.float().contiguous()
+
+    weights.slots.clear()
+    embedding = pack(weights.embedding, outer, pool)
+    head = embedding if spec.tie else pack(weights.head, outer, pool)
+    norm = floats(weights.norm)
+    none = torch.empty(0)
+    weights.embedding = weights.head = none
+    layers = []
+    while weights.layers:
+        x = weights.layers.pop(0)
+        layers.append(
+            PackedLayer(
+                attention_norm=floats(x.attention_norm),
+                qkv=pack(x.qkv, kind, pool),
+                output=pack(x.output, kind, pool),
+                ffn_norm=floats(x.ffn_norm),
+                gate_up=pack(x.gate_up, kind, pool),
+                down=pack(x.down, kind, pool),
+                qkv_bias=floats(x.qkv_bias),
+                q_norm=floats(x.q_norm),
+                k_norm=floats(x.k_norm),
+            )
+        )
+    return PackedWeights(embedding, layers, norm, head)
