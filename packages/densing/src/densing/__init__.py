@@ -8,36 +8,22 @@ from typing import Any
 
 __version__ = importlib.metadata.version("minicpm4-densing")
 
-# Where each public name lives; fitting needs scipy, which is imported when a fit runs.
+# Where each public name lives; fitting and tables are imported when one of theirs is asked for.
 _HOME = {
-    "Density": "law",
-    "Fit": "fit",
-    "LossLaw": "law",
-    "OutOfRange": "law",
-    "Reference": "law",
-    "ScoreLaw": "law",
-    "Trend": "trend",
-    "combined_doubling": "trend",
-    "density": "law",
-    "fit_loss_law": "fit",
-    "fit_trend": "trend",
-    "halving_time": "trend",
+    "Density": "capacity_density",
+    "FamilyReference": "reference",
+    "LossLaw": "reference",
+    "OutOfRange": "capacity_density",
+    "Reference": "reference",
+    "ScoreLaw": "reference",
+    "density": "capacity_density",
+    "effective_parameters": "capacity_density",
+    "fit_reference": "reference_models",
+    "reference_from_dict": "reference_models",
+    "reference_to_dict": "reference_models",
 }
 
-__all__ = [
-    "Density",
-    "Fit",
-    "LossLaw",
-    "OutOfRange",
-    "Reference",
-    "ScoreLaw",
-    "Trend",
-    "combined_doubling",
-    "density",
-    "fit_loss_law",
-    "fit_trend",
-    "halving_time",
-]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
