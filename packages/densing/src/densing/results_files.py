@@ -19,9 +19,10 @@ from densing.tables import Model, ModelTable, Problem, Score, file_name
 
 # The first that a task has is taken: what the benchmark's own paper reports.
 METRICS = (
-    "exact_match,strict-match", "exact_match,get-answer", "exact_match,none", "exact_match,flexible-extract",
-    "math_verify,none", "pass@1,create_test", "pass_at_1,none", "pass@1,none", "pass@1",
-    "acc_norm,none", "acc,none", "acc_norm", "acc", "qem", "em", "exact_match",
+    "exact_match,strict-match", "exact_match,get-answer", "exact_match,none",
+    "exact_match,flexible-extract", "math_verify,none", "pass@1,create_test", "pass_at_1,none",
+    "pass@1,none", "pass@1", "acc_norm,none", "acc,none", "acc_norm", "acc", "qem", "em",
+    "exact_match",
 )  # fmt: skip
 # MMLU is scored by plain accuracy; length normalisation is for completions of different lengths.
 PLAIN_ACCURACY = ("MMLU", "MMLU-Pro", "GPQA")

@@ -153,10 +153,29 @@ def _rows(
         if name != choices.scored_on.name
     ]
     for choice, value, changed in variations:
+        yield _varied(table, choice, value, changed, anchors, estimator, options)
+
+
+def _varied(
+    table: ModelTable,
+    choice: str,
+    value: str,
+    changed: Choices,
+    anchors: list[str],
+    estimator: str,
+    options: dict[str, Any],
+) -> Row:
+    """A row by other choices; where the anchor has no scores there, by the next that has."""
+    problem = ""
+    for anchor in [changed.anchor, *anchors]:
         try:
-            yield _row(choice, value, dated_densities(table, changed), estimator, options)
+            found = dated_densities(table, replace(changed, anchor=anchor))
         except ValueError as error:
-            yield Row(choice, value, None, note=str(error))
+            problem = problem or str(error)
+            continue
+        label = value if anchor == changed.anchor else f"{value} (reference {anchor})"
+        return _row(choice, label, found, estimator, options)
+    return Row(choice, value, None, note=problem)
 
 
 def _row(
@@ -195,7 +214,8 @@ def table_text(found: Headline) -> str:
         f"corr(ln density, ln N) = {points.size_correlation:+.2f}",
         f"by other choices, {_days(shortest)} to {_days(longest)} days:",
         "",
-        f"{'choice':<20} {'value':<28} {'days':>7} {'interval':>16} {'R²':>6} {'models':>7} {'on line':>8}",
+        f"{'choice':<20} {'value':<28} {'days':>7} {'interval':>16} {'R²':>6} {'models':>7} "
+        f"{'on line':>8}",
     ]
     for row in found.sensitivity:
         interval = "" if row.low is None else f"{_days(row.low)} – {_days(row.high)}"

@@ -38,7 +38,7 @@ class Choices:
     basis: Basis
     benchmark: str | Benchmark = "MMLU"
     anchor: str = "LLaMA"
-    margin: float = 0.1
+    margin: float = 0.05
     min_parameters: float = 0.0
     since: date = LLAMA_1
     until: date = date.max
