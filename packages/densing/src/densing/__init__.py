@@ -12,6 +12,7 @@ __version__ = importlib.metadata.version("minicpm4-densing")
 _HOME = {
     "Benchmark": "benchmarks",
     "Choices": "table_density",
+    "ConditionalLoss": "conditional_loss",
     "Density": "capacity_density",
     "FamilyReference": "reference",
     "Forecast": "forecasting",
@@ -27,7 +28,6 @@ _HOME = {
     "Trend": "densing_law",
     "combined_doubling": "corollaries",
     "compression": "corollaries",
-    "conditional_loss": "answer_loss",
     "curated_table": "curated",
     "dated_densities": "table_density",
     "density": "capacity_density",
@@ -37,11 +37,14 @@ _HOME = {
     "halving_time": "corollaries",
     "headline": "sensitivity",
     "leave_one_family_out": "densing_law",
+    "measure_conditional_loss": "conditional_loss",
     "pre_post": "breaks",
     "read_csv": "csv_files",
+    "read_pairs": "conditional_loss",
     "read_results": "results_files",
     "reference_from_dict": "reference_models",
     "reference_to_dict": "reference_models",
+    "runs_table": "conditional_loss",
     "trend": "densing_law",
 }
 
