@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import testbed
-from densing import measure_conditional_loss, read_pairs, runs_table
-from densing.conditional_loss import Pair, encode
+from densing import Pair, measure_conditional_loss, read_pairs, runs_table
+from densing.conditional_loss import encode
 
 PAIRS = [
     Pair("a", "The capital of France is", " Paris."),

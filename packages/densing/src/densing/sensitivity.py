@@ -105,18 +105,19 @@ def headline(
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    unit: str = "models",
 ) -> Headline:
     """The trend by the given choices, and by every other.
 
     Args:
         table, choices: see `dated_densities`. estimator: see `trend`.
         anchors: other families to try as the reference.
-        resamples, level, seed: of the intervals.
+        resamples, level, seed, unit: of the intervals, see `trend`.
 
     Raises:
         ValueError: the headline's own trend cannot be fitted.
     """
-    options = {"resamples": resamples, "level": level, "seed": seed}
+    options = {"resamples": resamples, "level": level, "seed": seed, "unit": unit}
     main = dated_densities(table, choices, level=level)
     found = trend(main.points, estimator, **options)
     return Headline(
@@ -134,7 +135,8 @@ def _rows(
 ) -> Iterator[Row]:
     for name in ESTIMATORS:
         yield _row("estimator", name, main, name, options)
-    yield _row("bootstrap unit", "families", main, estimator, {**options, "unit": "families"})
+    drawn = "families" if options["unit"] == "models" else "models"
+    yield _row("bootstrap unit", drawn, main, estimator, {**options, "unit": drawn})
     without = leave_one_family_out(main.points, estimator)
     for which, (family, days) in (("shortest", without[0]), ("longest", without[-1])):
         shown = None if math.isnan(days) else days

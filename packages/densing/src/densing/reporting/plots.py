@@ -43,6 +43,15 @@ def axes(width: float = 8.0, height: float = 4.2) -> tuple[Figure, Axes]:
     return figure, axis
 
 
+def _plain_log(axis: Axes) -> None:
+    """Plain numbers at 1, 2 and 5 on a logarithmic x axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
 def density_over_time(found: Headline, labels: int = 14) -> str:
     """Densities by release date on a logarithmic axis, the trend with its band, labels."""
     figure, axis = axes(9.0, 5.0)
@@ -80,6 +89,8 @@ def density_over_time(found: Headline, labels: int = 14) -> str:
             textcoords="offset points", xytext=(4, 5 if place % 2 else -9),
         )  # fmt: skip
     axis.set(yscale="log", ylabel="density (effective / real parameters)", xlabel="released")
+    # Intervals may reach out of range; the plot is of the models.
+    axis.set_ylim(density.min() / 3, max(density.max(), float(np.exp(high).max())) * 3)
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     figure.autofmt_xdate()
     return svg(figure)
@@ -99,6 +110,7 @@ def sensitivity(found: Headline) -> str:
     axis.set_yticks(range(len(rows)), [f"{r.choice}: {r.value}" for r in rows], fontsize=8)
     axis.invert_yaxis()
     axis.set(xscale="log", xlabel="doubling time, days")
+    _plain_log(axis)
     return svg(figure)
 
 
@@ -115,6 +127,7 @@ def compression_arrows(found: Sequence[Compression]) -> str:
     axis.set_yticks(range(len(found)), [f"{p.parent} → {p.child}" for p in found], fontsize=8)
     axis.invert_yaxis()
     axis.set(xscale="log", xlabel="density", ylim=(len(found) - 0.4, -0.6))
+    _plain_log(axis)
     return svg(figure)
 
 
