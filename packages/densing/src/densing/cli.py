@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Capacity density: how many parameters a reference would need to be as good. Every "
-    "command works on the table that ships (open base models, sourced figures) or on yours: a CSV, or "
+    "command works on the table that ships (open base models, sourced figures) or on yours: CSV or "
     "results of lm-evaluation-harness and lighteval. Headlines come with an interval and with what "
     "other choices would have given. Start with: densing trend --parameters total",
     no_args_is_help=True,
