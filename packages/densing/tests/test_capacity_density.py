@@ -18,6 +18,7 @@ from densing import (
     Reference,
     ScoreLaw,
     density,
+    effective_from_losses,
     effective_parameters,
     fit_reference,
     reference_from_dict,
@@ -105,6 +106,21 @@ def test_never_nan_and_in_order(reference, scores) -> None:  # noqa: ANN001
     assert (np.diff(found.status) >= 0).all()
     assert ((found.status == -1) == (found.parameters == 0))[found.status != 0].all()
     assert (np.isinf(found.parameters) == (found.status == 1))[found.status != 0].all()
+
+
+def test_sizes_from_losses() -> None:
+    law = LossLaw(a=60, alpha=0.3, b=100, beta=0.28, irreducible=0.2)
+    sizes = np.array([1e6, 3e7, 7e9])
+    found = effective_from_losses(law(sizes, 1e10), law, 1e10, sizes=(1e6, 1e9))
+    assert found.parameters == pytest.approx(sizes, rel=1e-9)
+    assert found.extrapolated.tolist()[1:] == [False, True]
+    # No size reaches what the tokens alone leave.
+    best = law(1e300, 1e10)
+    edge = effective_from_losses([best * 0.999, best * 1.001], law, 1e10)
+    assert edge.status.tolist() == [OutOfRange.ABOVE, 0]
+    assert math.isinf(edge.parameters[0]) and math.isfinite(edge.parameters[1])
+    with pytest.raises(ValueError, match="losses must be positive"):
+        effective_from_losses([0.0], law, 1e10)
 
 
 def test_out_of_range_is_an_answer() -> None:

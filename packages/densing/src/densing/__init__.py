@@ -32,6 +32,7 @@ _HOME = {
     "curated_table": "curated",
     "dated_densities": "table_density",
     "density": "capacity_density",
+    "effective_from_losses": "capacity_density",
     "effective_parameters": "capacity_density",
     "fit_reference": "reference_models",
     "forecast": "forecasting",

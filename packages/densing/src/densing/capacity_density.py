@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from densing.reference import AnyReference, positive
+from densing.reference import AnyReference, LossLaw, positive
 
 
 class OutOfRange(enum.IntEnum):
@@ -58,6 +58,33 @@ def effective_parameters(
         found = np.exp(log_n)
     low, high = reference.sizes
     outside = (status == 0) & ((found < low) | (found > high))
+    return Effective(found, status, outside)
+
+
+def effective_from_losses(
+    losses: Sequence[float] | np.ndarray,
+    law: LossLaw,
+    tokens: float,
+    sizes: tuple[float, float] = (0.0, np.inf),
+) -> Effective:
+    """N̂ of models whose conditional loss was measured: the loss law alone, inverted (eq. 4, last).
+
+    Args:
+        losses: in the law's own unit `[n]`.
+        law: fitted to the ladder. tokens: D of the models, or D₀.
+        sizes: least and greatest N that the law was fitted to.
+
+    Raises:
+        ValueError: a loss that is not positive, or tokens that are not.
+    """
+    values = positive("losses", losses)
+    rest = values - law.irreducible - law.b * positive("tokens", tokens) ** -law.beta
+    reached = rest > 0
+    with np.errstate(over="ignore"):
+        found = (np.where(reached, rest, 1.0) / law.a) ** (-1 / law.alpha)
+    found = np.where(reached, found, np.inf)
+    status = np.where(reached, 0, int(OutOfRange.ABOVE)).astype(np.int8)
+    outside = reached & ((found < sizes[0]) | (found > sizes[1]))
     return Effective(found, status, outside)
 
 
