@@ -170,6 +170,18 @@ def test_pre_post_finds_a_change_of_pace() -> None:
         pre_post(points([1, 2, 3], [1, 2, 3]), ZERO)
 
 
+def test_an_envelope_that_starts_anew_takes_catching_up_for_growth() -> None:
+    """Steady growth; after the date the weak ones come first."""
+    days = np.arange(-700.0, 700, 20)
+    below = np.where((days >= 0) & (days < 200), 1.5, 0.0)
+    found = pre_post(points(days, 0.005 * days - below), ZERO, resamples=50)
+    assert found.before.slope == pytest.approx(0.005)
+    assert found.ratio > 1.2
+    assert found.carried is not None
+    assert found.carried.slope == pytest.approx(0.005)
+    assert pre_post(points(days, 0.005 * days), ZERO, "least_squares", resamples=9).carried is None
+
+
 def test_corollaries() -> None:
     assert combined_doubling(100.5, 2.1 * DAYS_PER_YEAR) == pytest.approx(88.9, abs=0.05)
     assert 20 / 0.075 == pytest.approx(266.7, abs=0.05)

@@ -82,6 +82,7 @@ def effective_from_losses(
     reached = rest > 0
     with np.errstate(over="ignore"):
         found = (np.where(reached, rest, 1.0) / law.a) ** (-1 / law.alpha)
+    reached &= np.isfinite(found)
     found = np.where(reached, found, np.inf)
     status = np.where(reached, 0, int(OutOfRange.ABOVE)).astype(np.int8)
     outside = reached & ((found < sizes[0]) | (found > sizes[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -94,14 +95,27 @@ def break_on(
         f"({found.low:.2f} to {show_plain(found.high)})",
         *(f"warning: {w}" for w in found.warnings),
     ]
+    if found.carried:
+        low, high = found.carried.doubling_interval
+        lines.insert(
+            1,
+            f"  counted on from the record before {on}, instead of anew: "
+            f"{found.carried.doubling_days:.0f} days ({_days(low)} to {_days(high)}, "
+            f"{len(found.carried.points)} points)",
+        )
     return "\n".join(lines), {
         "on": str(on),
         "before": found.before.to_dict(),
         "after": found.after.to_dict(),
         "ratio": found.ratio,
         "interval": [found.low, finite(found.high)],
+        "carried": found.carried and found.carried.to_dict(),
         "warnings": list(found.warnings),
     }
+
+
+def _days(value: float) -> str:
+    return f"{value:.0f}" if math.isfinite(value) else "∞"
 
 
 def forecast(
