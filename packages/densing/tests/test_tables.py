@@ -282,7 +282,7 @@ def test_the_headline_brings_its_sensitivity_table() -> None:
     choices = {row.choice for row in found.sensitivity}
     assert choices == {
         "estimator", "bootstrap unit", "without a family", "minimum size", "margin above chance",
-        "parameters", "reference", "benchmark",
+        "released until", "parameters", "reference", "benchmark",
     }  # fmt: skip
     own = next(r for r in found.sensitivity if r.choice == "estimator" and r.value == "envelope")
     assert own.doubling_days == pytest.approx(found.trend.doubling_days)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
-from densing.densing_law import Trend, leave_one_family_out, trend
+from densing.densing_law import Trend, leave_one_family_out, to_date, trend
 from densing.estimators import ESTIMATORS
 from densing.table_density import Choices, DatedDensities, dated_densities
 from densing.tables import ModelTable
@@ -146,6 +147,9 @@ def _rows(
         for size in SIZES
     ]
     variations += [("margin above chance", f"{m:.0%}", replace(choices, margin=m)) for m in MARGINS]
+    variations += [
+        ("released until", str(end), replace(choices, until=end)) for end in _year_ends(main)
+    ]
     other = "active" if choices.basis == "total" else "total"
     variations.append(("parameters", other, replace(choices, basis=other)))
     variations += [("reference", a, replace(choices, anchor=a)) for a in anchors]
@@ -156,6 +160,13 @@ def _rows(
     ]
     for choice, value, changed in variations:
         yield _varied(table, choice, value, changed, anchors, estimator, options)
+
+
+def _year_ends(main: DatedDensities) -> list[date]:
+    """Ends of years that have half a year of models before them, and some after."""
+    first, last = (to_date(float(f(main.points.days)), main.points.zero) for f in (min, max))
+    ends = (date(year, 12, 31) for year in range(first.year, last.year))
+    return [end for end in ends if (end - first).days > 180]
 
 
 def _varied(

@@ -164,10 +164,10 @@ def _ladder(metrics: dict[str, Any]):  # noqa: ANN202
         here = [r for r in runs if r["tokens"] == d]
         axis.plot([r["parameters"] for r in here], [r["nats_per_byte"] for r in here], "o",
                   color=DENSE, markersize=3)  # fmt: skip
-    for row in metrics["own"]:
+    for index, row in enumerate(metrics["own"]):
         axis.plot(row["model_parameters"], row["nats_per_byte"], "^", color=TERNARY, markersize=6)
         axis.annotate(row["name"], (row["model_parameters"], row["nats_per_byte"]), fontsize=7,
-                      textcoords="offset points", xytext=(5, 4))  # fmt: skip
+                      textcoords="offset points", xytext=(6, (-9, 4)[index % 2]))  # fmt: skip
     axis.set(xscale="log", xlabel="parameters", ylabel="nats per byte of answer")
     axis.legend(frameon=False, fontsize=7)
     return figure
