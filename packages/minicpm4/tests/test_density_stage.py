@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from minicpm4.stages.density import REACH, DensityStageConfig, _place, check
+from minicpm4.stages.density import DensityStageConfig, check
+from minicpm4.stages.ladder import REACH, place
 
 CONFIG = DensityStageConfig(widths=[32, 64], steps=[10, 20, 40], resamples=50)
 
@@ -28,7 +29,7 @@ def own(parameters: float, effective: float) -> dict[str, float]:
 def test_a_model_is_placed_where_the_ladder_is_as_good() -> None:
     pytest.importorskip("densing")
     models = {"half": own(2e6, 1e6), "far": own(1e6, 1e6 * REACH * 3), "near 0": own(1e4, 3e3)}
-    placed = _place(ladder(), models, 2e6, CONFIG, 0)
+    placed = place(ladder(), models, 2e6, CONFIG, 0)
     half, far, low = placed["own"]
     assert half["density"] == pytest.approx(0.5, rel=1e-3) and half["beyond"] is None
     assert half["interval"][0] <= half["density"] <= half["interval"][1]
@@ -36,7 +37,7 @@ def test_a_model_is_placed_where_the_ladder_is_as_good() -> None:
     assert (low["beyond"], low["density"]) == ("below", None)
     # Better than the ladder at any size: no effective size at all.
     best = {"model_parameters": 1e6, "nats_per_byte": 0.9 * 30.0 * 2e6**-0.3}
-    assert _place(ladder(), {"best": best}, 2e6, CONFIG, 0)["own"][0]["beyond"] == "above"
+    assert place(ladder(), {"best": best}, 2e6, CONFIG, 0)["own"][0]["beyond"] == "above"
 
 
 @pytest.mark.parametrize(

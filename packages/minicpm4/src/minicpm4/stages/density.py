@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from pydantic import Field
 
 from minicpm4.pipeline.models import model_identity, model_path
 from minicpm4.pipeline.stage import Estimate, Stage, StageConfig, Workspace, needs
+from minicpm4.stages.ladder import HEAD_DIM, measured, place, train_rung
 from minicpm4.stages.pretrain import (
     ASSUMED_FLOPS_PER_CORE,
     FLOPS_PER_PARAMETER,
@@ -29,10 +29,6 @@ from minicpm4.stages.pretrain import (
 )
 
 PROMPT_CHARS, ANSWER_CHARS = 300, 160
-HEAD_DIM = 32
-# A size further from the ladder's models than this factor is not given: its exponent is fitted to
-# models that span little more, and a small exponent turns a little loss into any size at all.
-REACH = 10.0
 
 
 class DensityStageConfig(StageConfig):
@@ -84,7 +80,7 @@ def run(config: DensityStageConfig, inputs: dict[str, Path], space: Workspace) -
         runs.append(
             space.once(
                 f"rung-{width}-{steps}",
-                lambda width=width, steps=steps: _rung(
+                lambda width=width, steps=steps: train_rung(
                     config, inputs["data"], tokenizer, pairs, width, steps, space
                 ),
             )
@@ -93,9 +89,9 @@ def run(config: DensityStageConfig, inputs: dict[str, Path], space: Workspace) -
     for name, load in _own(config, inputs).items():
         space.progress(f"measuring {name}", 0.85)
         models[name] = space.once(
-            f"model-{len(models)}", lambda load=load: _measured(*load(), pairs)
+            f"model-{len(models)}", lambda load=load: measured(*load(), pairs)
         )
-    placed = _place(runs, models, before["tokens_seen"], config, space.seed)
+    placed = place(runs, models, before["tokens_seen"], config, space.seed)
     shutil.rmtree(space.path / "ladder", ignore_errors=True)
     space.write_metrics({"trend": trend, "pairs": len(pairs), "runs": runs, **placed})
 
@@ -141,67 +137,6 @@ def _pairs(path: Path, settings: PretrainConfig, count: int) -> list[Any]:
     return found
 
 
-def _rung(
-    config: DensityStageConfig,
-    data: Path,
-    tokenizer: Any,
-    pairs: list[Any],
-    width: int,
-    steps: int,
-    space: Workspace,
-) -> dict[str, Any]:
-    """Train one model of the ladder and measure it; a kill goes on from its checkpoint."""
-    import torch
-
-    from minicpm4.data import TokenData
-    from minicpm4.modeling import MiniCPM4ForCausalLM
-    from minicpm4.presets import preset
-    from minicpm4.schedule import WSD
-    from minicpm4.trainer import TrainConfig, train
-
-    torch.manual_seed(space.seed)
-    model = MiniCPM4ForCausalLM(
-        preset(
-            "nano", vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
-            num_attention_heads=width // HEAD_DIM, num_key_value_heads=1,
-            # The smallest width is the µP base, so that the ladder extrapolates upwards.
-            dim_model_base=min(config.widths),
-        )
-    )  # fmt: skip
-    settings = TrainConfig(
-        batch_size=config.batch_size, length=config.length, eval_every=steps, eval_windows=8,
-        bf16=False, seed=space.seed,
-    )  # fmt: skip
-    out = space.path / "ladder" / f"{width}-{steps}"
-    train(
-        model,
-        TokenData(data / "train"),
-        TokenData(data / "validation"),
-        WSD(config.lr, steps, max(1, steps // 10), 0.2),
-        steps,
-        settings,
-        out,
-    )
-    shutil.rmtree(out)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": steps * config.batch_size * config.length,
-        **_measured(model.eval(), tokenizer, pairs),
-    }
-
-
-def _measured(model: Any, tokenizer: Any, pairs: list[Any]) -> dict[str, Any]:
-    """Conditional loss of a model; per byte, so that tokenizers may differ."""
-    import densing
-
-    found = densing.measure_conditional_loss(model, tokenizer, pairs, batch_size=16)
-    return {
-        "model_parameters": sum(p.numel() for p in model.parameters()),
-        "nats_per_byte": found.per_byte,
-        "nats_per_token": found.per_token,
-    }
-
-
 def _own(config: DensityStageConfig, inputs: dict[str, Path]) -> dict[str, Any]:
     """What is placed, by name; each is loaded when its turn comes."""
     import torch
@@ -232,75 +167,6 @@ def _own(config: DensityStageConfig, inputs: dict[str, Path]) -> dict[str, Any]:
     if "packed" in inputs:
         found["ours, ternary"] = ternary
     return {**found, config.model: other}
-
-
-def _place(
-    runs: list[dict[str, Any]],
-    models: dict[str, dict[str, Any]],
-    tokens: float,
-    config: DensityStageConfig,
-    seed: int,
-) -> dict[str, Any]:
-    """The ladder's law, and each model's effective size by it, with intervals."""
-    import numpy as np
-
-    import densing
-    from densing.fitting import PowerLaw, bootstrap, fit, identify
-
-    form = PowerLaw(irreducible=False)
-    ladder = {
-        "parameters": [r["parameters"] for r in runs],
-        "tokens": [r["tokens"] for r in runs],
-        "loss": [r["nats_per_byte"] for r in runs],
-    }
-    law = fit(form, ladder)
-    draws = bootstrap(law, ladder, resamples=max(config.resamples, 1), seed=seed).constants
-    sizes = law.ranges["parameters"]
-    own = []
-    for name, row in models.items():
-        found = densing.effective_from_losses(
-            [row["nats_per_byte"]], densing.LossLaw(*law.constants.values()), tokens, sizes
-        )
-        usable = draws[(draws > 0).all(axis=1)]
-        each = np.array(
-            [
-                densing.effective_from_losses(
-                    [row["nats_per_byte"]], densing.LossLaw(*map(float, d)), tokens
-                ).parameters[0]
-                for d in usable
-            ]
-        )
-        low, high = np.quantile(each, [0.025, 0.975], method="inverted_cdf")
-        size, real = float(found.parameters[0]), row["model_parameters"]
-        beyond = _beyond(size, sizes)
-        own.append(
-            {
-                "name": name,
-                **row,
-                "effective_parameters": None if beyond else size,
-                "density": None if beyond else size / real,
-                "interval": None if beyond else [_finite(low / real), _finite(high / real)],
-                "beyond": beyond,
-            }
-        )
-    return {
-        "law": law.to_dict(),
-        "flags": [f.message for f in identify(law, ladder)],
-        "tokens": tokens,
-        "reach": [sizes[0] / REACH, sizes[1] * REACH],
-        "own": own,
-    }
-
-
-def _beyond(size: float, sizes: Sequence[float]) -> str | None:
-    """On which side of the ladder's reach a size is; None within it."""
-    if size > sizes[1] * REACH:
-        return "above"
-    return "below" if size < sizes[0] / REACH else None
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def check(config: DensityStageConfig) -> None:
@@ -348,7 +214,11 @@ STAGE = Stage(
         "packed": "ternary.packed",
     },
     outputs={"metrics": "metrics.json"},
-    sources=("densing", "minicpm4.stages.density", "minicpm4.stages.pretrain", *MODEL_SOURCES),
+    sources=(
+        "densing",
+        *(f"minicpm4.stages.{name}" for name in ("density", "ladder", "pretrain")),
+        *MODEL_SOURCES,
+    ),
     external=lambda config: {config.model: model_identity(config.model)},
     check=check,
     takes_what_there_is=True,  # a pipeline without the stage ternary has no packed model
