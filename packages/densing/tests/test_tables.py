@@ -8,11 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from densing import Choices, curated_table, dated_densities, headline, read_csv, read_results
+from densing import (
+    Choices,
+    curated_table,
+    dated_densities,
+    density,
+    headline,
+    read_csv,
+    read_results,
+)
 from densing.checks import without_duplicates
 from densing.csv_files import parse_column
 from densing.sensitivity import table_text
-from densing.table_density import count
+from densing.table_density import anchor_reference, count
 from densing.tables import Model, is_sparse_name, plain, size_in_name
 
 TODAY = date(2026, 1, 1)
@@ -275,6 +283,19 @@ def test_the_curated_table_is_consistent() -> None:
             assert model.parameters == pytest.approx(size, rel=0.4), model.name
     assert {"MMLU", "BBH", "MATH", "GSM8K", "HumanEval", "MBPP"} <= set(table.benchmarks())
     assert max(m.released for m in table.models) >= date(2026, 4, 1)
+
+
+def test_a_table_without_the_anchor_family_takes_it_from_the_table_that_ships(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text("Model,Size (B),Released,MMLU\none,7,2025-03-01,61.5\ntwo,3,2025-09-01,62\n")
+    found = dated_densities(read_csv(file), Choices(basis="total"))
+    own = {p.model.name: p.density.ratio for p in found.placed}
+    shipped = anchor_reference(curated_table(), Choices(basis="total"))
+    assert own["one"] == pytest.approx(density(0.615, 7e9, shipped).ratio)
+    assert found.reference_name == "LLaMA (from the table that ships)"
+    assert dated_densities(curated_table(), Choices(basis="total")).reference_name == "LLaMA"
 
 
 def test_the_headline_brings_its_sensitivity_table() -> None:

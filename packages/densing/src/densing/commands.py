@@ -63,7 +63,11 @@ def density(
         return Result(text, values)
     all_found = dated_densities(table, choices, given)
     rows = sorted(all_found.placed, key=lambda p: -(p.density.ratio or 0))
-    lines = [f"{'model':<34} {'released':<11} {'parameters':>10} {'score':>7} {'density':>8}"]
+    lines = [
+        f"{choices.scored_on.name}, {choices.basis} parameters, reference "
+        f"{all_found.reference_name}",
+        f"{'model':<34} {'released':<11} {'parameters':>10} {'score':>7} {'density':>8}",
+    ]
     for p in rows:
         d = p.density
         interval = "" if d.low is None else f"  {d.low:.2g} – {show_plain(d.high)}"

@@ -223,7 +223,7 @@ def table_text(found: Headline) -> str:
         f"({line.level:.0%} interval {_days(low)} to {_days(high)}), "
         f"A = {line.slope:.5f} a day, R² = {line.r_squared:.3f} in sample",
         f"{choices.scored_on.name}, {line.estimator} through {len(line.points)} of {line.models} "
-        f"models, {choices.basis} parameters, reference {choices.anchor}, "
+        f"models, {choices.basis} parameters, reference {found.densities.reference_name}, "
         f"corr(ln density, ln N) = {points.size_correlation:+.2f}",
         f"by other choices, {_days(shortest)} to {_days(longest)} days:",
         "",

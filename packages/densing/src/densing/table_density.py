@@ -11,8 +11,9 @@ import numpy as np
 from densing.benchmarks import Benchmark, find_benchmark
 from densing.capacity_density import Density, OutOfRange, effective_parameters, interval
 from densing.checks import without_duplicates
+from densing.curated import curated_table
 from densing.densing_law import LLAMA_1, Points, to_days
-from densing.reference import AnyReference
+from densing.reference import AnyReference, FamilyReference
 from densing.reference_models import fit_reference
 from densing.tables import Model, ModelTable
 
@@ -86,22 +87,34 @@ class DatedDensities:
     reference: AnyReference
     choices: Choices
 
+    @property
+    def reference_name(self) -> str:
+        """The anchor family, and where it is from if not from the table; or "ladder"."""
+        return self.reference.family if isinstance(self.reference, FamilyReference) else "ladder"
+
 
 def anchor_reference(table: ModelTable, choices: Choices, draws: int = 500) -> AnyReference:
     """The family `choices.anchor` of a table as the reference.
 
+    A table without that family, such as your own results, takes it from the table that ships; the
+    reference's `family` then says so.
+
     Raises:
         ValueError: no such family, or fewer than two of its models have size and score.
     """
-    benchmark = choices.scored_on
-    members = [
-        m
-        for m in without_duplicates(table).family(choices.anchor)
-        if count(m, choices.basis) and benchmark.name in m.scores
-    ]
+    benchmark, name = choices.scored_on, choices.anchor
+    try:
+        anchors = without_duplicates(table).family(name)
+    except ValueError as error:
+        try:
+            anchors = curated_table().family(name)
+        except ValueError:
+            raise error from None
+        name = f"{name} (from the table that ships)"
+    members = [m for m in anchors if count(m, choices.basis) and benchmark.name in m.scores]
     if len(members) < 2:
         raise ValueError(
-            f"{len(members)} models of the family {choices.anchor!r} have a size and a score on "
+            f"{len(members)} models of the family {name} have a size and a score on "
             f"{benchmark.name}: an anchor needs at least 2"
         )
     return fit_reference(
@@ -110,7 +123,7 @@ def anchor_reference(table: ModelTable, choices: Choices, draws: int = 500) -> A
             "score": [m.scores[benchmark.name].value for m in members],
         },
         chance=benchmark.chance,
-        name=choices.anchor,
+        name=name,
         draws=draws,
     )
 

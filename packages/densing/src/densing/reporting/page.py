@@ -109,8 +109,9 @@ def _trend(found: Headline) -> Section:
     )
     return Section(
         "Density over time",
-        f"{choices.scored_on.name}, {choices.basis} parameters, reference {choices.anchor}, models "
-        f"from {choices.since} on; {line.estimator} through {len(line.points)} of {line.models} "
+        f"{choices.scored_on.name}, {choices.basis} parameters, reference "
+        f"{found.densities.reference_name}, models from {choices.since} on; "
+        f"{line.estimator} through {len(line.points)} of {line.models} "
         f"models; A = {line.slope:.5f} a day, R² = {line.r_squared:.3f} in sample; "
         f"corr(ln density, ln N) = {correlation:+.2f}.{warning} With chips that double in "
         f"{MOORE_YEARS} years, what fits on a chip of one price doubles in {moore:.0f} days.",
