@@ -86,7 +86,8 @@ def _headline(table: ModelTable, choices: Choices, estimator: str, resamples: in
 def _problems(table: ModelTable) -> None:
     if table.problems:
         typer.echo(
-            f"{len(table.problems)} doubts about the data: densing check-data prints them", err=True
+            f"doubts about the data: {len(table.problems)}; densing check-data prints them",
+            err=True,
         )
 
 
