@@ -21,7 +21,7 @@ import bitcpm
 pytestmark = pytest.mark.slow
 
 MINICPM4 = Path(sys.executable).parent / "minicpm4"
-STAGES = ["clean", "pretrain", "ternary", "sparse", "generate", "report"]
+STAGES = ["clean", "pretrain", "ternary", "sparse", "generate", "density", "report"]
 
 
 def minicpm4(*arguments: str | Path, cwd: Path, **options) -> subprocess.CompletedProcess[str]:
@@ -104,6 +104,30 @@ def test_generate_writes_text_and_times_it(finished: Path) -> None:
         assert timings[name]["peak_memory_bytes"] > 1e7
     facts = " ".join(s["text"] for s in result["models"]["smollm2"]["samples"])
     assert "Paris" in facts
+
+
+def test_density_shows_its_sensitivity_and_places_the_pipelines_own_models(
+    finished: Path,
+) -> None:
+    result = metrics(finished, "density")
+    trend = result["trend"]
+    assert {"estimator", "minimum size", "benchmark"} <= {r["choice"] for r in trend["sensitivity"]}
+    shortest, longest = trend["range"]
+    assert 30 < shortest <= trend["trend"]["doubling_days"] <= longest
+    assert len({(r["parameters"], r["tokens"]) for r in result["runs"]}) == 6
+    longest_runs = {r["parameters"]: r["nats_per_byte"] for r in result["runs"]}
+    first_runs = {r["parameters"]: r["nats_per_byte"] for r in reversed(result["runs"])}
+    assert all(longest_runs[size] < first_runs[size] for size in first_runs)
+    loss = {row["name"]: row["nats_per_byte"] for row in result["own"]}
+    assert loss["smollm2"] < loss["ours, full precision"] < loss["ours, ternary"] < 3
+    for row in result["own"]:
+        if row["beyond"]:
+            assert row["density"] is None
+        else:
+            ratio = row["effective_parameters"] / row["model_parameters"]
+            assert row["density"] == pytest.approx(ratio)
+    page = (finished / "report" / "report.html").read_text()
+    assert "choices give" in page
 
 
 def test_report_is_one_page_that_needs_nothing(finished: Path) -> None:

@@ -96,7 +96,7 @@ class Stage:
 # The module of a stage is imported when a pipeline names it, so that `minicpm4 --help` stays fast.
 STAGES = {
     name: f"minicpm4.stages.{name}"
-    for name in ("clean", "pretrain", "ternary", "sparse", "generate", "report")
+    for name in ("clean", "pretrain", "ternary", "sparse", "generate", "density", "report")
 }
 
 

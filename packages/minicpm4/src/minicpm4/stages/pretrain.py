@@ -76,12 +76,12 @@ def run(config: PretrainConfig, inputs: dict[str, Path], space: Workspace) -> No
         space.progress("learning a BPE vocabulary", 0.0)
         with atomic_path(words) as target:
             train_bpe(
-                _texts(inputs["text"], config, held_out=False), config.vocab_size
+                texts(inputs["text"], config, held_out=False), config.vocab_size
             ).save_pretrained(target)
     tokenizer = transformers.AutoTokenizer.from_pretrained(words, local_files_only=True)
     space.progress("encoding the text", 0.02)
     data, validation = (
-        pack(_texts(inputs["text"], config, held_out), tokenizer, space.path / "data" / name)
+        pack(texts(inputs["text"], config, held_out), tokenizer, space.path / "data" / name)
         for name, held_out in (("train", False), ("validation", True))
     )
     torch.manual_seed(space.seed)
@@ -158,7 +158,7 @@ def read_log(path: Path) -> list[list[float]]:
     return [[row["step"], row["loss"], row["lr"]] for row in rows]
 
 
-def _texts(path: Path, config: PretrainConfig, held_out: bool) -> Iterator[str]:
+def texts(path: Path, config: PretrainConfig, held_out: bool) -> Iterator[str]:
     """Texts to train on, or those held out; a document is on one side with all its passages."""
     with path.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream, start=1):

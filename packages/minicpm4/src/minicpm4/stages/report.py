@@ -12,7 +12,7 @@ from pydantic import Field
 from minicpm4._files import write_text
 from minicpm4.pipeline.manifest import read_manifest, versions
 from minicpm4.pipeline.stage import Estimate, Stage, StageConfig, Workspace
-from minicpm4.reporting import clean, inference, training
+from minicpm4.reporting import clean, density, inference, training
 from minicpm4.reporting.blocks import Section
 from minicpm4.reporting.page import machine, render
 
@@ -68,12 +68,17 @@ def _generate(name: str, read: Mapping[str, Any]) -> Section:
     return inference.generate(name, read["generate"], read["generate_timings"])
 
 
+def _density(name: str, read: Mapping[str, Any]) -> Section:
+    return density.section(name, read["density"])
+
+
 _SECTIONS = {
     "clean": _clean,
     "pretrain": _pretrain,
     "ternary": _ternary,
     "sparse": _sparse,
     "generate": _generate,
+    "density": _density,
 }
 
 

@@ -1,0 +1,1 @@
+"""The curated table's CSV files."""

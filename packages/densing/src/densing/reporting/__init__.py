@@ -1,0 +1,1 @@
+"""Plots, and the report: one HTML page that needs nothing beside it."""
