@@ -47,7 +47,7 @@ int64_t bitcpm_weight_bytes(const bitcpm_shape *s) { return bitcpm::blocks_of(*s
 int64_t bitcpm_prepared_bytes(const bitcpm_shape *s, int64_t tokens, int32_t mode) {
     return bitcpm::Prepared(*s, tokens, mode, bitcpm_level() == AVX512_VNNI).bytes;
 }
-int64_t bitcpm_work_bytes(const bitcpm_shape *s, int64_t tokens, int32_t mode) {
-    return bitcpm::Work(*s, tokens, mode).bytes;
+int64_t bitcpm_work_bytes(const bitcpm_shape *s, int64_t tokens) {
+    return bitcpm::Work(*s, tokens).bytes;
 }
 }

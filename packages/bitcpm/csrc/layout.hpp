@@ -7,7 +7,10 @@ namespace bitcpm {
 // Rows that are interleaved, and the longest span: a multiple of 5 and of 16, and 240 * 128 fits int16.
 constexpr int64_t BLOCK = 64, SPAN = 240;
 // How far ahead of a matrix-vector product weights are asked for, in bytes.
-constexpr int64_t AHEAD = 4096;
+#ifndef A_
+#define A_ 4096
+#endif
+constexpr int64_t AHEAD = A_;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -18,7 +21,7 @@ inline int64_t groups_of(const bitcpm_shape &s) { return div_up(s.columns, group
 inline int64_t blocks_of(const bitcpm_shape &s) { return div_up(s.rows, BLOCK); }
 inline int64_t scale_bytes(const bitcpm_shape &s) { return s.scale_dtype == BITCPM_FLOAT32 ? 4 : 2; }
 
-// Bytes of a span of n columns of a block (SPAN makes this additive over a group).
+// Bytes of the codes of n columns of a block (SPAN makes this additive over a group).
 inline int64_t code_bytes(int32_t codec, int64_t n) {
     return BLOCK * (codec == BITCPM_2BIT ? 4 * div_up(n, 16) : div_up(n, 5));
 }
@@ -29,6 +32,55 @@ inline int64_t block_bytes(const bitcpm_shape &s) {
     const int64_t g = group_of(s), full = s.columns / g, tail = s.columns % g;
     return full * group_bytes(s, g) + (tail ? group_bytes(s, tail) : 0);
 }
+
+// 1.6bit: blocks that are interleaved in a strip, and the most in a panel. The product does a strip at once and wants to
+// read one stream; a panel passes by each span's tables while these are in the nearest cache. Where there are few blocks,
+// threads are to have some each.
+constexpr int64_t MOST_STRIP = 4, MOST_PANEL = 16;
+inline int64_t strip_of(const bitcpm_shape &s) {
+    const int64_t blocks = blocks_of(s);
+    return s.codec == BITCPM_2BIT || blocks < 4 ? 1 : blocks < 8 ? 2 : MOST_STRIP;
+}
+inline int64_t panel_of(const bitcpm_shape &s) { return s.codec == BITCPM_2BIT ? 1 : MOST_PANEL; }
+inline int64_t strips_of(const bitcpm_shape &s) { return div_up(blocks_of(s), strip_of(s)); }
+
+// A part of a panel: one span, and where the scales of its group follow, these.
+struct Part {
+    int64_t group, first, columns;  // its group; its columns, counted in the padded activations
+    bool begins, ends;              // the group
+    int64_t codes, unit;            // bytes of the codes of a block; of codes and scales
+};
+template <class Each> inline void each_part(const bitcpm_shape &s, Each each) {
+    const int64_t most = group_of(s);
+    for (int64_t g = 0, column = 0; column < s.columns; ++g, column += most) {
+        const int64_t n = smaller(most, s.columns - column);
+        for (int64_t done = 0; done < n; done += SPAN) {
+            Part part{g, g * round_up(most, 16) + done, smaller(SPAN, n - done), done == 0, done + SPAN >= n, 0, 0};
+            part.codes = code_bytes(s.codec, part.columns);
+            part.unit = part.codes + (part.ends ? BLOCK * scale_bytes(s) : 0);
+            each(part);
+        }
+    }
+}
+
+// Where one block is.
+struct Place {
+    int64_t panel_blocks;         // of its panel, fewer in the last one
+    int64_t strip, strip_blocks;  // blocks of the panel before its strip; blocks of its strip
+    int64_t at;                   // in its strip
+    int64_t start;                // bytes before its panel
+    Place(const bitcpm_shape &s, int64_t block) {
+        const int64_t first = block - block % panel_of(s);
+        panel_blocks = smaller(panel_of(s), blocks_of(s) - first);
+        at = (block - first) % strip_of(s), strip = block - first - at;
+        strip_blocks = smaller(strip_of(s), panel_blocks - strip);
+        start = first * block_bytes(s);
+    }
+    int64_t codes(const Part &part) const { return strip * part.unit + at * 64; }
+    int64_t scales(const Part &part, const bitcpm_shape &s) const {
+        return strip * part.unit + strip_blocks * part.codes + at * BLOCK * scale_bytes(s);
+    }
+};
 
 // ---- prepared activations: for each token a row of values, padded so that every span begins at a multiple of 16
 // columns. Rows lie an odd number of cache lines apart: a power of two would put all of them in the same cache set.
@@ -71,15 +123,15 @@ struct Prepared {
 // Tokens whose float32 sums of one block wait in the second-level cache.
 constexpr int64_t MOST_TOKENS = 512;
 
-// A thread's scratch: digits of a span, then float32 sums and int32 sums of a block.
+// A thread's scratch: digits of a span, then for each token the sums of a block so far, and those of an unfinished group.
 struct Work {
     int64_t digits, sums, partial, bytes;
-    Work(const bitcpm_shape &s, int64_t tokens, int32_t mode) {
+    Work(const bitcpm_shape &s, int64_t tokens) {
         const int64_t most = smaller(tokens, MOST_TOKENS) * BLOCK * 4;
         digits = 0;
         sums = digits + BLOCK * SPAN;
         partial = sums + most;
-        bytes = partial + (mode != BITCPM_EXACT && group_of(s) > SPAN ? most : 0);
+        bytes = partial + (group_of(s) > SPAN ? most : 0);
     }
 };
 

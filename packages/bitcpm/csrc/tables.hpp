@@ -70,9 +70,9 @@ struct TableMaker {
     }
 };
 
-// int32 sums of a span of n columns, added to sum[r][v]: R blocks of 64 rows that lie `stride` bytes apart.
+// int32 sums of a span of n columns, added to sum[r][v]: a panel of R blocks.
 template <int R>
-inline void look_up(const char *codes, int64_t stride, const char *table, int64_t n, I (*sum)[4]) {
+inline void look_up(const char *codes, const char *table, int64_t n, I (*sum)[4]) {
     const __m512i none = _mm512_setzero_si512(), radix = _mm512_set1_epi16(36 * 256 + 1);
     __m512i a[R], b[R];
 #pragma GCC unroll 8
@@ -81,13 +81,12 @@ inline void look_up(const char *codes, int64_t stride, const char *table, int64_
         __m512i low[R], high[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) low[r] = high[r] = none;
-        for (int64_t c = smaller(left, 7); c > 0; --c, codes += 64, table += TABLE) {
+        for (int64_t c = smaller(left, 7); c > 0; --c, codes += 64 * R, table += TABLE) {
             const __m512i low0 = _mm512_load_si512(table), low1 = _mm512_load_si512(table + 64);
             const __m512i high0 = _mm512_load_si512(table + 128), high1 = _mm512_load_si512(table + 192);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const char *p = codes + r * stride;
-                _mm_prefetch(p + AHEAD, _MM_HINT_T0);
+                const char *p = codes + 64 * r;
                 const __m512i x = _mm512_load_si512(p);
                 const __mmask64 negative = _mm512_movepi8_mask(x);
                 const __m512i l = _mm512_permutex2var_epi8(low0, x, low1);

@@ -81,8 +81,9 @@ struct Digits {
 #endif
 };
 
-// 1.6bit: n columns are rounded up to 4; the digits beyond n are of any columns and need a zero to multiply.
-inline void unpack_1_6bit(const char *codes, int64_t n, char *digits) {
+// 1.6bit: n columns are rounded up to 4; the digits beyond n are of any columns and need a zero to multiply. One block of
+// a panel of `blocks`.
+inline void unpack_1_6bit(const char *codes, int64_t blocks, int64_t n, char *digits) {
     const Digits take;
     const int64_t chunks = div_up(n, 5), quads = div_up(n, 4);
     for (int half = 0; half < HALVES; ++half, codes += 32, digits += 32)
@@ -90,7 +91,7 @@ inline void unpack_1_6bit(const char *codes, int64_t n, char *digits) {
             Bytes d[20];
             const int64_t last = chunks - 1;  // read again where there are no 4 chunks left
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) take.of(codes + 64 * smaller(c + i, last), d + 5 * i);
+            for (int i = 0; i < 4; ++i) take.of(codes + 64 * blocks * smaller(c + i, last), d + 5 * i);
 #pragma GCC unroll 5
             for (int i = 0; i < 5; ++i) {
                 if (q + i >= quads) break;
@@ -104,10 +105,10 @@ inline void unpack_1_6bit(const char *codes, int64_t n, char *digits) {
         }
 }
 #else
-inline void unpack_1_6bit(const char *codes, int64_t n, char *digits) {
+inline void unpack_1_6bit(const char *codes, int64_t blocks, int64_t n, char *digits) {
     for (int64_t c = 0; c < n; c += 5)
         for (int64_t r = 0; r < BLOCK; ++r) {
-            const uint8_t x = uint8_t(codes[c / 5 * 64 + 16 * (r / 4 % 4) + r / 16 * 4 + r % 4]);
+            const uint8_t x = uint8_t(codes[c / 5 * 64 * blocks + 16 * (r / 4 % 4) + r / 16 * 4 + r % 4]);
             int u = 121 + (x & 128 ? -(x & 127) : x);
             for (int64_t l = c; l < c + 5 && l < round_up(n, 4); ++l, u /= 3)
                 digits[l / 4 * 256 + r * 4 + l % 4] = char(u % 3);
@@ -115,8 +116,8 @@ inline void unpack_1_6bit(const char *codes, int64_t n, char *digits) {
 }
 #endif
 
-inline void unpack(int32_t codec, const char *codes, int64_t n, char *digits) {
-    codec == BITCPM_2BIT ? unpack_2bit(codes, n, digits) : unpack_1_6bit(codes, n, digits);
+inline void unpack(int32_t codec, const char *codes, int64_t blocks, int64_t n, char *digits) {
+    codec == BITCPM_2BIT ? unpack_2bit(codes, n, digits) : unpack_1_6bit(codes, blocks, n, digits);
 }
 
 }  // namespace NATIVE_LEVEL
