@@ -6,11 +6,6 @@ namespace bitcpm {
 
 // Rows that are interleaved, and the longest span: a multiple of 5 and of 16, and 240 * 128 fits int16.
 constexpr int64_t BLOCK = 64, SPAN = 240;
-// How far ahead of a matrix-vector product weights are asked for, in bytes.
-#ifndef A_
-#define A_ 4096
-#endif
-constexpr int64_t AHEAD = A_;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -46,16 +41,17 @@ inline int64_t strips_of(const bitcpm_shape &s) { return div_up(blocks_of(s), st
 
 // A part of a panel: one span, and where the scales of its group follow, these.
 struct Part {
-    int64_t group, first, columns;  // its group; its columns, counted in the padded activations
-    bool begins, ends;              // the group
-    int64_t codes, unit;            // bytes of the codes of a block; of codes and scales
+    int64_t group, column, columns;  // its group and its columns
+    int64_t first;                   // of its columns in the padded activations
+    bool begins, ends;               // the group
+    int64_t codes, unit;             // bytes of the codes of a block; of codes and scales
 };
 template <class Each> inline void each_part(const bitcpm_shape &s, Each each) {
     const int64_t most = group_of(s);
     for (int64_t g = 0, column = 0; column < s.columns; ++g, column += most) {
         const int64_t n = smaller(most, s.columns - column);
         for (int64_t done = 0; done < n; done += SPAN) {
-            Part part{g, g * round_up(most, 16) + done, smaller(SPAN, n - done), done == 0, done + SPAN >= n, 0, 0};
+            Part part{g, column + done, smaller(SPAN, n - done), g * round_up(most, 16) + done, done == 0, done + SPAN >= n, 0, 0};
             part.codes = code_bytes(s.codec, part.columns);
             part.unit = part.codes + (part.ends ? BLOCK * scale_bytes(s) : 0);
             each(part);
@@ -99,6 +95,13 @@ constexpr int64_t TABLE = 256;
 inline int64_t tables_of(const bitcpm_shape &s) {
     const int64_t g = group_of(s), full = s.columns / g, tail = s.columns % g;
     return full * div_up(g, 5) + div_up(tail, 5);
+}
+inline int64_t tables_before(const bitcpm_shape &s, const Part &p) {
+    return p.group * div_up(group_of(s), 5) + (p.column - p.group * group_of(s)) / 5;
+}
+inline int64_t parts_of(const bitcpm_shape &s) {
+    const int64_t g = group_of(s), full = s.columns / g, tail = s.columns % g;
+    return full * div_up(g, SPAN) + div_up(tail, SPAN);
 }
 // With more tokens the weights are unpacked once for all of them instead.
 constexpr int64_t TABLE_TOKENS = 4;

@@ -27,10 +27,10 @@ class Multiplier {
     const float *worth(int64_t t) const { return reinterpret_cast<const float *>(a->prepared + at.scales + t * at.group_stride); }
     int64_t size(int64_t g) const { return smaller(group, columns - g * group); }
 
-    // Sixteen scales of a group, times what the token's int8 values are worth if that differs by group.
-    F scale_of(const char *scale, int v, int64_t t, int64_t g) const {
-        const F w = scales(scale + v * 16 * scale_bytes(s), s.scale_dtype);
-        return a->mode == BITCPM_INT8_GROUP ? fmul(w, fset(worth(t)[g])) : w;
+    // Scales of sixteen rows; and times what the token's int8 values are worth, if that differs by group.
+    F sixteen(const char *scale, int v) const { return scales(scale + v * 16 * scale_bytes(s), s.scale_dtype); }
+    F times(F scale, int64_t t, int64_t g) const {
+        return a->mode == BITCPM_INT8_GROUP ? fmul(scale, fset(worth(t)[g])) : scale;
     }
 
     // Sixteen finished sums of rows [row, row + 16), of which some may not exist.
@@ -55,6 +55,8 @@ class Multiplier {
         : a(args), s(args->shape), group(group_of(s)), groups(groups_of(s)), columns(s.columns),
           at(s, args->tokens, args->mode, BITCPM_VNNI) {}
 
+    static void collect(float *y, F x) { fstore(y, fadd(fload(y), x)); }
+
     // ---- one token from packed weights
     void planes(const char *p, int64_t block, int64_t t) const {
         const int8_t *x = values(t);
@@ -65,7 +67,7 @@ class Multiplier {
             I sum[4] = {start, start, start, start};
             multiply_planes(p, x, n, sum);
             p += code_bytes(BITCPM_2BIT, n), x += round_up(n, 16);
-            for (int v = 0; v < 4; ++v) y[v] = fadd(y[v], fmul(to_float(sum[v]), scale_of(p, v, t, g)));
+            for (int v = 0; v < 4; ++v) y[v] = fadd(y[v], fmul(to_float(sum[v]), times(sixteen(p, v), t, g)));
             p += BLOCK * scale_bytes(s);
         }
         for (int v = 0; v < 4; ++v) write(y[v], block * BLOCK + v * 16, t);
@@ -84,7 +86,7 @@ class Multiplier {
             for (int v = 0; v < 4; ++v) {
                 const int64_t here = r * BLOCK + v * 16;
                 if (!part.ends) store(partial + here, sum[r][v]);
-                else fstore(y + here, fadd(fload(y + here), fmul(to_float(sum[r][v]), scale_of(scale, v, t, part.group))));
+                else collect(y + here, fmul(to_float(sum[r][v]), times(sixteen(scale, v), t, part.group)));
             }
     }
 
@@ -147,6 +149,11 @@ class Multiplier {
             for (int j = 0; j < LANES; ++j)
                 acc[j][i] = part.begins ? set(-sums(t + i)[part.group]) : load(partial + i * BLOCK + (v + j) * 16);
         }
+        // The next tokens' columns: no hardware foresees them.
+        const int64_t next = t + 2 * N <= a->tokens ? N * at.value_stride : 0;
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i)
+            for (int64_t c = 0; c < part.columns; c += 64) __builtin_prefetch(x[i] + next + c);
         const char *d = digits + v * 64;
         for (int64_t c = 0; c < part.columns; c += 4, d += 256) {
             I w[LANES];
@@ -159,14 +166,30 @@ class Multiplier {
                 for (int j = 0; j < LANES; ++j) acc[j][i] = dot(acc[j][i], w[j], b);
             }
         }
+        if (!part.ends) {
 #pragma GCC unroll 8
-        for (int i = 0; i < N; ++i)
+            for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
-            for (int j = 0; j < LANES; ++j) {
-                const int64_t here = i * BLOCK + (v + j) * 16;
-                if (!part.ends) store(partial + here, acc[j][i]);
-                else fstore(y + here, fadd(fload(y + here), fmul(to_float(acc[j][i]), scale_of(scale, v + j, t + i, part.group))));
-            }
+                for (int j = 0; j < LANES; ++j) store(partial + i * BLOCK + (v + j) * 16, acc[j][i]);
+            return;
+        }
+        F weight[LANES];
+#pragma GCC unroll 4
+        for (int j = 0; j < LANES; ++j) weight[j] = sixteen(scale, v + j);
+        if (a->mode == BITCPM_INT8_TOKEN) {
+#pragma GCC unroll 8
+            for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+                for (int j = 0; j < LANES; ++j) collect(y + i * BLOCK + (v + j) * 16, fmul(to_float(acc[j][i]), weight[j]));
+            return;
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) {
+            const F worth_here = fset(worth(t + i)[part.group]);
+#pragma GCC unroll 4
+            for (int j = 0; j < LANES; ++j)
+                collect(y + i * BLOCK + (v + j) * 16, fmul(to_float(acc[j][i]), fmul(weight[j], worth_here)));
+        }
     }
 
     template <int N>
@@ -197,14 +220,19 @@ class Multiplier {
                 }
             }
         }
+        F weight[LANES];
+        const bool begins = part.begins, ends = part.ends;
+        if (ends)
+#pragma GCC unroll 4
+            for (int j = 0; j < LANES; ++j) weight[j] = sixteen(scale, v + j);
 #pragma GCC unroll 8
         for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
             for (int j = 0; j < LANES; ++j) {
                 const int64_t here = i * BLOCK + (v + j) * 16;
-                if (!part.begins) acc[j][i] = fadd(fload(partial + here), acc[j][i]);
-                if (!part.ends) fstore(partial + here, acc[j][i]);
-                else fstore(y + here, fadd(fload(y + here), fmul(acc[j][i], scale_of(scale, v + j, t + i, part.group))));
+                if (!begins) acc[j][i] = fadd(fload(partial + here), acc[j][i]);
+                if (ends) collect(y + here, fmul(acc[j][i], weight[j]));
+                else fstore(partial + here, acc[j][i]);
             }
     }
 

@@ -62,7 +62,7 @@ inline int32_t to_int8(const float *x, int64_t n, float factor, int8_t *out) {
 
 class Preparer {
     const bitcpm_prepare_args *a;
-    const int64_t group, groups;
+    const int64_t group;
     const Prepared at;
 #if BITCPM_VNNI
     const TableMaker tables;
@@ -70,67 +70,66 @@ class Preparer {
 
   public:
     explicit Preparer(const bitcpm_prepare_args *args)
-        : a(args), group(group_of(args->shape)), groups(groups_of(args->shape)),
+        : a(args), group(group_of(args->shape)),
           at(args->shape, args->tokens, args->mode, BITCPM_VNNI) {}
 
-    // Groups [first, last) of token t.
-    void token(int64_t t, int64_t first, int64_t last) const {
+    // Parts [begin, end) of token t.
+    void token(int64_t t, int64_t begin, int64_t end) const {
         const char *row = static_cast<const char *>(a->x) + t * a->x_stride * (a->x_dtype == BITCPM_FLOAT32 ? 4 : 2);
         char *values = a->prepared + at.values + t * at.value_stride;
-        if (a->mode == BITCPM_EXACT) {
-            for (int64_t g = first; g < last; ++g) exact(row, g, reinterpret_cast<float *>(values));
-            return;
-        }
-        int32_t most = 0;
-        if (a->mode == BITCPM_INT8_TOKEN) most = largest_of(row, 0, a->shape.columns);
-        for (int64_t g = first; g < last; ++g) {
-            if (a->mode == BITCPM_INT8_GROUP) most = largest_of(row, g * group, size(g));
-            whole(row, t, g, Rounding(most), reinterpret_cast<int8_t *>(values));
-        }
+        const int32_t most = a->mode == BITCPM_INT8_TOKEN ? largest_of(row, 0, a->shape.columns) : 0;
+        int64_t number = 0;
+        each_part(a->shape, [&](const Part &part) {
+            const int64_t mine = number++;
+            if (mine < begin || mine >= end) return;
+            if (a->mode == BITCPM_EXACT) return exact(row, part, reinterpret_cast<float *>(values));
+            const int32_t here = a->mode == BITCPM_INT8_TOKEN ? most : largest_of(row, part.group * group, size(part.group));
+            whole(row, t, part, Rounding(here), reinterpret_cast<int8_t *>(values));
+        });
     }
 
   private:
-    static constexpr int64_t PART = 960;
     int64_t size(int64_t g) const { return smaller(group, a->shape.columns - g * group); }
 
     int32_t largest_of(const char *row, int64_t begin, int64_t n) const {
         if (a->x_dtype == BITCPM_FLOAT32) return largest(reinterpret_cast<const float *>(row) + begin, n);
-        float part[PART];
+        float some[SPAN];
         int32_t most = 0;
-        for (int64_t i = 0; i < n; i += PART) {
-            const int64_t some = smaller(PART, n - i);
-            to_floats(row, begin + i, some, a->x_dtype, part);
-            const int32_t here = largest(part, some);
+        for (int64_t i = 0; i < n; i += SPAN) {
+            to_floats(row, begin + i, smaller(SPAN, n - i), a->x_dtype, some);
+            const int32_t here = largest(some, smaller(SPAN, n - i));
             most = here > most ? here : most;
         }
         return most;
     }
 
-    void exact(const char *row, int64_t g, float *values) const {
-        const int64_t n = size(g);
-        float *out = values + g * round_up(group, 16);
-        to_floats(row, g * group, n, a->x_dtype, out);
-        for (int64_t i = n; i < round_up(n, 16); ++i) out[i] = 0.f;
+    void exact(const char *row, const Part &part, float *values) const {
+        float *out = values + part.first;
+        to_floats(row, part.column, part.columns, a->x_dtype, out);
+        for (int64_t i = part.columns; i < round_up(part.columns, 16); ++i) out[i] = 0.f;
     }
 
-    void whole(const char *row, int64_t t, int64_t g, Rounding r, int8_t *values) const {
-        const int64_t n = size(g);
-        int8_t *out = values + g * round_up(group, 16);
-        float part[PART];
-        int32_t sum = 0;
-        for (int64_t i = 0; i < n; i += PART) {
-            const int64_t some = smaller(PART, n - i);
-            to_floats(row, g * group + i, some, a->x_dtype, part);
-            sum += to_int8(part, some, r.factor, out + i);
-        }
+    // int8 values of n <= SPAN columns, and their sum.
+    int32_t round(const char *row, int64_t column, int64_t n, float factor, int8_t *out) const {
+        float some[SPAN];
+        to_floats(row, column, n, a->x_dtype, some);
+        return to_int8(some, n, factor, out);
+    }
+
+    void whole(const char *row, int64_t t, const Part &part, Rounding r, int8_t *values) const {
+        const int64_t n = part.columns;
+        int8_t *out = values + part.first;
+        int32_t sum = round(row, part.column, n, r.factor, out);
         std::memset(out + n, 0, size_t(round_up(n, 16) - n));
-        reinterpret_cast<int32_t *>(a->prepared + at.sums + t * at.group_stride)[g] = sum;
-        reinterpret_cast<float *>(a->prepared + at.scales + t * at.group_stride)[g] = r.scale;
+        if (part.ends) {
+            int8_t other[SPAN];  // another thread may have the group's other parts, which are few
+            for (int64_t c = part.group * group; c < part.column; c += SPAN) sum += round(row, c, SPAN, r.factor, other);
+            reinterpret_cast<int32_t *>(a->prepared + at.sums + t * at.group_stride)[part.group] = sum;
+            reinterpret_cast<float *>(a->prepared + at.scales + t * at.group_stride)[part.group] = r.scale;
+        }
 #if BITCPM_VNNI
-        if (!at.table_stride) return;
-        char *table = a->prepared + at.tables + t * at.table_stride + TABLE * g * div_up(group, 5);
-        for (int64_t done = 0; done < n; done += SPAN)
-            tables.make(out + done, smaller(SPAN, n - done), table + done / 5 * TABLE);
+        if (at.table_stride)
+            tables.make(out, n, a->prepared + at.tables + t * at.table_stride + TABLE * tables_before(a->shape, part));
 #endif
     }
 };
@@ -139,11 +138,11 @@ inline int32_t prepare(const bitcpm_prepare_args *a, int32_t ith, int32_t nth) {
     if (!valid(a->shape) || a->tokens < 0 || a->mode < 0 || a->mode > BITCPM_EXACT || a->x_dtype < 0 || a->x_dtype > BITCPM_FLOAT16) return 1;
     if (!aligned(a->prepared)) return 2;
     const Preparer preparer(a);
-    const int64_t groups = groups_of(a->shape);
+    const int64_t parts = parts_of(a->shape);
     if (a->tokens >= nth) {
-        for (int64_t t = share(a->tokens, ith, nth); t < share(a->tokens, ith + 1, nth); ++t) preparer.token(t, 0, groups);
+        for (int64_t t = share(a->tokens, ith, nth); t < share(a->tokens, ith + 1, nth); ++t) preparer.token(t, 0, parts);
     } else {
-        for (int64_t t = 0; t < a->tokens; ++t) preparer.token(t, share(groups, ith, nth), share(groups, ith + 1, nth));
+        for (int64_t t = 0; t < a->tokens; ++t) preparer.token(t, share(parts, ith, nth), share(parts, ith + 1, nth));
     }
     return 0;
 }

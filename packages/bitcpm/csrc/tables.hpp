@@ -14,11 +14,10 @@ inline namespace NATIVE_LEVEL {
 
 // Sums are put together from those of the first three columns (t = -13 ... 13) and of the last two (p = 0 ... 4).
 struct TableMaker {
-    __m512i digit[3], offset, first[4], last[4], even;
+    __m512i digit[3], offset, first[4], last[4];
     TableMaker() {
         alignas(64) int8_t d[3][64] = {};
         alignas(64) int16_t o[32], f[4][32], p[4][32];
-        alignas(64) uint8_t e[64];
         for (int i = 0; i < 32; ++i) {
             // Lanes 0 to 26 have columns 0 to 2, lanes 27 to 31 have columns 3 and 4.
             int sum = 0;
@@ -29,14 +28,14 @@ struct TableMaker {
             o[i] = int16_t(-128 * sum);
         }
         for (int m = 0; m < 128; ++m) {
-            const int pair = (m + 13) / 27;
-            f[m / 32][m % 32] = int16_t(m - 27 * pair + 13);
-            p[m / 32][m % 32] = int16_t((27 + pair) & 31);  // m > 121 is no sum
+            // Narrowing takes 8 words from one vector, then 8 from the next: sum[q] holds these m.
+            const int q = m / 64 * 2 + m / 8 % 2, i = m % 64 / 16 * 8 + m % 8, pair = (m + 13) / 27;
+            f[q][i] = int16_t(m - 27 * pair + 13);
+            p[q][i] = int16_t((27 + pair) & 31);  // m > 121 is no sum
         }
-        for (int i = 0; i < 64; ++i) e[i] = uint8_t(2 * i);
         for (int l = 0; l < 3; ++l) digit[l] = _mm512_load_si512(d[l]);
         for (int q = 0; q < 4; ++q) first[q] = _mm512_load_si512(f[q]), last[q] = _mm512_load_si512(p[q]);
-        offset = _mm512_load_si512(o), even = _mm512_load_si512(e);
+        offset = _mm512_load_si512(o);
     }
     static __m512i pair(const uint8_t *p) {
         int16_t x;
@@ -49,22 +48,25 @@ struct TableMaker {
         alignas(64) uint8_t u[SPAN + 80];
         for (int64_t i = 0; i < n; ++i) u[i] = uint8_t(x[i] + 128);
         std::memset(u + n, 128, 8);
-        const __m512i ninth = _mm512_set1_epi16(910), radix = _mm512_set1_epi16(36);
+        const __m512i inverse = _mm512_set1_epi16(910);
+        __m512i radix = _mm512_set1_epi16(36);
+        __asm__("" : "+v"(radix));  // or GCC makes shifts of it, which wait for the permutations' pipe
+        const TableMaker own = *this;  // in registers: what is written might be this, for all the compiler knows
         for (int64_t c = 0; c < n; c += 5, out += TABLE) {
-            __m512i base = _mm512_add_epi16(offset, _mm512_maddubs_epi16(pair(u + c), digit[0]));
-            base = _mm512_add_epi16(base, _mm512_maddubs_epi16(pair(u + c + 2), digit[1]));
-            base = _mm512_add_epi16(base, _mm512_maddubs_epi16(pair(u + c + 4), digit[2]));
+            __m512i base = _mm512_add_epi16(own.offset, _mm512_maddubs_epi16(pair(u + c), own.digit[0]));
+            base = _mm512_add_epi16(base, _mm512_maddubs_epi16(pair(u + c + 2), own.digit[1]));
+            base = _mm512_add_epi16(base, _mm512_maddubs_epi16(pair(u + c + 4), own.digit[2]));
             __m512i low[4], high[4];
 #pragma GCC unroll 4
             for (int q = 0; q < 4; ++q) {
-                const __m512i sum = _mm512_add_epi16(_mm512_permutexvar_epi16(first[q], base), _mm512_permutexvar_epi16(last[q], base));
-                high[q] = _mm512_mulhrs_epi16(sum, ninth);  // sum / 36, to the nearest
+                const __m512i sum = _mm512_add_epi16(_mm512_permutexvar_epi16(own.first[q], base), _mm512_permutexvar_epi16(own.last[q], base));
+                high[q] = _mm512_mulhrs_epi16(sum, inverse);  // sum / 36, to the nearest
                 low[q] = _mm512_sub_epi16(sum, _mm512_mullo_epi16(high[q], radix));
             }
 #pragma GCC unroll 2
             for (int q = 0; q < 2; ++q) {
-                _mm512_store_si512(out + 64 * q, _mm512_permutex2var_epi8(low[2 * q], even, low[2 * q + 1]));
-                _mm512_store_si512(out + 128 + 64 * q, _mm512_permutex2var_epi8(high[2 * q], even, high[2 * q + 1]));
+                _mm512_store_si512(out + 64 * q, _mm512_packs_epi16(low[2 * q], low[2 * q + 1]));
+                _mm512_store_si512(out + 128 + 64 * q, _mm512_packs_epi16(high[2 * q], high[2 * q + 1]));
             }
         }
     }
