@@ -1,4 +1,4 @@
-"""ggml's own matrix products, for comparison: the library that llama-cpp-python builds for this CPU.
+"""ggml's own matrix products, for comparison: the library that llama-cpp-python builds here.
 
     python -m venv .venv-peers
     .venv-peers/bin/pip install --no-deps --no-binary :all: llama-cpp-python==0.3.36
