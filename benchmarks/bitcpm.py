@@ -1,6 +1,6 @@
 """bitcpm's packed products on CPUs against ggml's ternary types and PyTorch.
 
-ggml is the library that llama-cpp-python builds for this CPU (`ggml_peer.py` says how to get it); it
+ggml is the library that llama-cpp-python builds (`ggml_peer.py` says how to get it); it
 multiplies through its public interface, its own quantisation of the activations included, as ours
 includes `prepare`. Weights "from memory" are several matrices of 256 MiB or more together; "in
 cache" is one of 8 MB. Every result is compared with a float64 product of the same ternary weights

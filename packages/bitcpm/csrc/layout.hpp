@@ -90,51 +90,49 @@ inline int64_t value_bytes(const bitcpm_shape &s, int32_t mode) {
 }
 // Then for each token, by group: the sum of its int8 values; and their scales (mode 0: all the same).
 inline int64_t groups_padded(const bitcpm_shape &s) { return round_up(groups_of(s), 16); }
-// Then for each token, for each 5 columns, the table of sums (see tables.hpp).
+inline int64_t parts_of(const bitcpm_shape &s) {
+    const int64_t g = group_of(s), full = s.columns / g, tail = s.columns % g;
+    return full * div_up(g, SPAN) + div_up(tail, SPAN);
+}
+struct Prepared {
+    int64_t values, sums, scales;         // offsets
+    int64_t value_stride, group_stride;  // bytes from token to token
+    int64_t bytes;
+    Prepared(const bitcpm_shape &s, int64_t tokens, int32_t mode) {
+        value_stride = value_bytes(s, mode);
+        group_stride = mode != BITCPM_EXACT ? 4 * groups_padded(s) : 0;
+        values = 0;
+        sums = values + tokens * value_stride;
+        scales = sums + tokens * group_stride;
+        bytes = scales + tokens * group_stride;
+    }
+};
+
+// ---- scratch
+// For each token, for each 5 columns, the table of sums (see tables.hpp). Every thread makes its own: the other's would
+// have to come from its cache, which takes ten times as long.
 constexpr int64_t TABLE = 256;
 inline int64_t tables_of(const bitcpm_shape &s) {
     const int64_t g = group_of(s), full = s.columns / g, tail = s.columns % g;
     return full * div_up(g, 5) + div_up(tail, 5);
 }
-inline int64_t tables_before(const bitcpm_shape &s, const Part &p) {
-    return p.group * div_up(group_of(s), 5) + (p.column - p.group * group_of(s)) / 5;
-}
-inline int64_t parts_of(const bitcpm_shape &s) {
-    const int64_t g = group_of(s), full = s.columns / g, tail = s.columns % g;
-    return full * div_up(g, SPAN) + div_up(tail, SPAN);
-}
 // With more tokens the weights are unpacked once for all of them instead.
 constexpr int64_t TABLE_TOKENS = 4;
-
-struct Prepared {
-    int64_t values, sums, scales, tables;        // offsets
-    int64_t value_stride, group_stride, table_stride;  // bytes from token to token
-    int64_t bytes;
-    Prepared(const bitcpm_shape &s, int64_t tokens, int32_t mode, bool with_tables) {
-        const bool whole = mode != BITCPM_EXACT;
-        value_stride = value_bytes(s, mode);
-        group_stride = whole ? 4 * groups_padded(s) : 0;
-        table_stride = with_tables && whole && s.codec == BITCPM_1_6BIT && tokens <= TABLE_TOKENS ? TABLE * tables_of(s) : 0;
-        values = 0;
-        sums = values + tokens * value_stride;
-        scales = sums + tokens * group_stride;
-        tables = scales + tokens * group_stride;
-        bytes = tables + tokens * table_stride;
-    }
-};
 
 // Tokens whose float32 sums of one block wait in the second-level cache.
 constexpr int64_t MOST_TOKENS = 512;
 
-// A thread's scratch: digits of a span, then for each token the sums of a block so far, and those of an unfinished group.
+// A thread's scratch: digits of a span; for each token the sums of a block so far, and those of an unfinished group; tables.
 struct Work {
-    int64_t digits, sums, partial, bytes;
-    Work(const bitcpm_shape &s, int64_t tokens) {
+    int64_t digits, sums, partial, tables, table_stride, bytes;
+    Work(const bitcpm_shape &s, int64_t tokens, bool with_tables) {
         const int64_t most = smaller(tokens, MOST_TOKENS) * BLOCK * 4;
         digits = 0;
         sums = digits + BLOCK * SPAN;
         partial = sums + most;
-        bytes = partial + (group_of(s) > SPAN ? most : 0);
+        tables = partial + (group_of(s) > SPAN ? most : 0);
+        table_stride = with_tables && s.codec == BITCPM_1_6BIT && tokens <= TABLE_TOKENS ? TABLE * tables_of(s) : 0;
+        bytes = tables + tokens * table_stride;
     }
 };
 

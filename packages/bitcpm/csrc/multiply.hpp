@@ -53,7 +53,7 @@ class Multiplier {
   public:
     explicit Multiplier(const bitcpm_multiply_args *args)
         : a(args), s(args->shape), group(group_of(s)), groups(groups_of(s)), columns(s.columns),
-          at(s, args->tokens, args->mode, BITCPM_VNNI) {}
+          at(s, args->tokens, args->mode) {}
 
     static void collect(float *y, F x) { fstore(y, fadd(fload(y), x)); }
 
@@ -90,21 +90,26 @@ class Multiplier {
             }
     }
 
-    // Strips [begin, end) of one panel.
-    void strips(int64_t begin, int64_t end) const {
+    // Strips [begin, end) of one panel. Tables are made on the way where they are not there yet.
+    void strips(int64_t begin, int64_t end, char *work, bool made) const {
         constexpr int64_t ROWS = MOST_PANEL * BLOCK;
         alignas(64) float y[TABLE_TOKENS * ROWS];
         alignas(64) int32_t partial[TABLE_TOKENS * ROWS];
         std::memset(y, 0, size_t(a->tokens * ROWS * 4));
         const int64_t width = strip_of(s), first = begin * width, last = smaller(end * width, blocks_of(s));
-        const char *p = a->weights + Place(s, first).start, *table = a->prepared + at.tables;
+        const Work in(s, a->tokens, true);
+        const TableMaker maker;
+        const char *p = a->weights + Place(s, first).start;
+        char *table = work + in.tables;
         each_part(s, [&](const Part &part) {
+            if (!made)
+                for (int64_t t = 0; t < a->tokens; ++t) maker.make(values(t) + part.first, part.columns, table + t * in.table_stride);
             for (int64_t block = first; block < last; block += width) {
                 const Place place(s, block);
                 const char *codes = p + place.codes(part);
                 for (int64_t t = 0; t < a->tokens; ++t) {
                     const int64_t row = t * ROWS + (block - first) * BLOCK;
-                    const char *mine = table + t * at.table_stride;
+                    const char *mine = table + t * in.table_stride;
                     if (place.strip_blocks == 4) tables<4>(codes, part, mine, t, y + row, partial + row);
                     else if (place.strip_blocks == 3) tables<3>(codes, part, mine, t, y + row, partial + row);
                     else if (place.strip_blocks == 2) tables<2>(codes, part, mine, t, y + row, partial + row);
@@ -120,18 +125,20 @@ class Multiplier {
 #endif
 
     // Strips [begin, end).
-    void vector(int64_t begin, int64_t end) const {
+    void vector(int64_t begin, int64_t end, char *work) const {
         if (s.codec == BITCPM_2BIT) {
             for (int64_t block = begin; block < end; ++block)
                 for (int64_t t = 0; t < a->tokens; ++t) planes(a->weights + Place(s, block).start, block, t);
             return;
         }
 #if BITCPM_VNNI
-        const int64_t most = panel_of(s) / strip_of(s);
-        while (begin < end) {
-            const int64_t stop = smaller(end, begin - begin % most + most);
-            strips(begin, stop);
-            begin = stop;
+        const int64_t width = strip_of(s), most = panel_of(s) / width;
+        // Too few rows to make tables for.
+        if ((end - begin) * width <= a->tokens) return matrix(begin * width, smaller(end * width, blocks_of(s)), work);
+        for (int64_t first = begin; first < end;) {
+            const int64_t stop = smaller(end, first - first % most + most);
+            strips(first, stop, work, first != begin);
+            first = stop;
         }
 #endif
     }
@@ -250,7 +257,7 @@ class Multiplier {
     }
 
     void matrix(int64_t begin, int64_t end, char *work) const {
-        const Work in(s, a->tokens);
+        const Work in(s, a->tokens, BITCPM_VNNI);
         char *digits = work + in.digits;
         float *y = reinterpret_cast<float *>(work + in.sums);
         int32_t *partial = reinterpret_cast<int32_t *>(work + in.partial);
@@ -281,13 +288,14 @@ inline int32_t multiply(const bitcpm_multiply_args *a, int32_t ith, int32_t nth)
     if (!valid(a->shape) || a->tokens < 0 || a->mode < 0 || a->mode > BITCPM_EXACT || a->out_dtype < 0 || a->out_dtype > BITCPM_FLOAT16) return 1;
     if (!aligned(a->weights) || !aligned(a->prepared) || !aligned(a->work) || a->work_stride % 64) return 2;
     const Multiplier multiplier(a);
+    char *work = a->work + ith * a->work_stride;
     const bool packed = a->shape.codec == BITCPM_2BIT || BITCPM_VNNI;
     if (a->mode != BITCPM_EXACT && packed && a->tokens <= TABLE_TOKENS) {
         const int64_t strips = strips_of(a->shape);
-        multiplier.vector(share(strips, ith, nth), share(strips, ith + 1, nth));
+        multiplier.vector(share(strips, ith, nth), share(strips, ith + 1, nth), work);
     } else {
         const int64_t blocks = blocks_of(a->shape);
-        multiplier.matrix(share(blocks, ith, nth), share(blocks, ith + 1, nth), a->work + ith * a->work_stride);
+        multiplier.matrix(share(blocks, ith, nth), share(blocks, ith + 1, nth), work);
     }
     return 0;
 }

@@ -1,7 +1,7 @@
-// Activations to int8 (by token or by group) with the sums of each group and the tables of the 1.6bit product, or to padded
-// float32.
+// Activations to int8 (by token or by group) with the sums of each group, or to padded float32.
 #pragma once
-#include "tables.hpp"
+#include "layout.hpp"
+#include "vectors.hpp"
 
 namespace bitcpm {
 inline namespace NATIVE_LEVEL {
@@ -64,14 +64,11 @@ class Preparer {
     const bitcpm_prepare_args *a;
     const int64_t group;
     const Prepared at;
-#if BITCPM_VNNI
-    const TableMaker tables;
-#endif
 
   public:
     explicit Preparer(const bitcpm_prepare_args *args)
         : a(args), group(group_of(args->shape)),
-          at(args->shape, args->tokens, args->mode, BITCPM_VNNI) {}
+          at(args->shape, args->tokens, args->mode) {}
 
     // Parts [begin, end) of token t.
     void token(int64_t t, int64_t begin, int64_t end) const {
@@ -127,10 +124,6 @@ class Preparer {
             reinterpret_cast<int32_t *>(a->prepared + at.sums + t * at.group_stride)[part.group] = sum;
             reinterpret_cast<float *>(a->prepared + at.scales + t * at.group_stride)[part.group] = r.scale;
         }
-#if BITCPM_VNNI
-        if (at.table_stride)
-            tables.make(out, n, a->prepared + at.tables + t * at.table_stride + TABLE * tables_before(a->shape, part));
-#endif
     }
 };
 

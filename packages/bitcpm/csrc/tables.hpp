@@ -13,29 +13,35 @@ namespace bitcpm {
 inline namespace NATIVE_LEVEL {
 
 // Sums are put together from those of the first three columns (t = -13 ... 13) and of the last two (p = 0 ... 4).
-struct TableMaker {
-    __m512i digit[3], offset, first[4], last[4];
-    TableMaker() {
-        alignas(64) int8_t d[3][64] = {};
-        alignas(64) int16_t o[32], f[4][32], p[4][32];
+struct TableConstants {
+    alignas(64) int8_t digit[3][64] = {};
+    alignas(64) int16_t offset[32] = {}, first[4][32] = {}, last[4][32] = {};
+    constexpr TableConstants() {
         for (int i = 0; i < 32; ++i) {
             // Lanes 0 to 26 have columns 0 to 2, lanes 27 to 31 have columns 3 and 4.
             int sum = 0;
             for (int l = i < 27 ? 0 : 3, u = i < 27 ? i : i - 27 + 4; l < (i < 27 ? 3 : 5); ++l, u /= 3) {
-                d[l / 2][2 * i + l % 2] = int8_t(u % 3 - 1);
+                digit[l / 2][2 * i + l % 2] = int8_t(u % 3 - 1);
                 sum += u % 3 - 1;
             }
-            o[i] = int16_t(-128 * sum);
+            offset[i] = int16_t(-128 * sum);
         }
         for (int m = 0; m < 128; ++m) {
             // Narrowing takes 8 words from one vector, then 8 from the next: sum[q] holds these m.
             const int q = m / 64 * 2 + m / 8 % 2, i = m % 64 / 16 * 8 + m % 8, pair = (m + 13) / 27;
-            f[q][i] = int16_t(m - 27 * pair + 13);
-            p[q][i] = int16_t((27 + pair) & 31);  // m > 121 is no sum
+            first[q][i] = int16_t(m - 27 * pair + 13);
+            last[q][i] = int16_t((27 + pair) & 31);  // m > 121 is no sum
         }
-        for (int l = 0; l < 3; ++l) digit[l] = _mm512_load_si512(d[l]);
-        for (int q = 0; q < 4; ++q) first[q] = _mm512_load_si512(f[q]), last[q] = _mm512_load_si512(p[q]);
-        offset = _mm512_load_si512(o);
+    }
+};
+
+struct TableMaker {
+    __m512i digit[3], offset, first[4], last[4];
+    TableMaker() {
+        static constexpr TableConstants c;
+        for (int l = 0; l < 3; ++l) digit[l] = _mm512_load_si512(c.digit[l]);
+        for (int q = 0; q < 4; ++q) first[q] = _mm512_load_si512(c.first[q]), last[q] = _mm512_load_si512(c.last[q]);
+        offset = _mm512_load_si512(c.offset);
     }
     static __m512i pair(const uint8_t *p) {
         int16_t x;

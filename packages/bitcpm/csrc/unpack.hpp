@@ -41,16 +41,22 @@ inline Bytes high16(Bytes a, Bytes b) { return _mm256_unpackhi_epi16(a, b); }
 inline void put(char *p, Bytes a) { _mm256_storeu_si256((__m256i *)p, a); }
 #endif
 
+struct DigitTable {
+    alignas(64) uint8_t digit[5][128] = {};
+    constexpr DigitTable() {
+        for (int m = 0; m <= 121; ++m)
+            for (int l = 0, u = m + 121; l < 5; ++l, u /= 3) digit[l][m] = uint8_t(u % 3);
+    }
+};
+
 // Five digits of each byte.
 struct Digits {
 #if BITCPM_VNNI
     Bytes table[5][2];  // digit of |v| < 128, by |v|
     Digits() {
-        alignas(64) uint8_t t[5][128] = {};
-        for (int m = 0; m <= 121; ++m)
-            for (int l = 0, u = m + 121; l < 5; ++l, u /= 3) t[l][m] = uint8_t(u % 3);
+        static constexpr DigitTable c;
         for (int l = 0; l < 5; ++l)
-            for (int h = 0; h < 2; ++h) table[l][h] = _mm512_load_si512(t[l] + 64 * h);
+            for (int h = 0; h < 2; ++h) table[l][h] = _mm512_load_si512(c.digit[l] + 64 * h);
     }
     void of(const char *codes, Bytes *d) const {
         const Bytes x = _mm512_loadu_si512(codes), two = _mm512_set1_epi8(2);
