@@ -51,12 +51,7 @@ class Ours:
 
     def __init__(self, packed: PackedTensor, x: Tensor, copies: int) -> None:
         first = TernaryMatrix.from_packed(packed)
-        self.matrices = [first]
-        for _ in range(copies - 1):
-            data = large_bytes(first.nbytes).copy_(first.data)
-            self.matrices.append(
-                TernaryMatrix(data, first.shape, first.group_size, first.codec, first.scale_dtype)
-            )
+        self.matrices = [first, *(first.copy() for _ in range(copies - 1))]
         self.x = x
         self.bytes = copies * first.nbytes
 

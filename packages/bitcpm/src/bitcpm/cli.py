@@ -146,8 +146,63 @@ def quantise(
 
 
 @app.command()
+def bench(
+    out_features: Annotated[int, typer.Option("--out", help="Rows of the matrix.")] = 4096,
+    in_features: Annotated[int, typer.Option("--in", help="Columns of the matrix.")] = 4096,
+    group_size: Annotated[int, typer.Option(help="Channels a scale, -1 for rows.")] = 128,
+    tokens: Annotated[int, typer.Option(help="1: decoding; 512: a prompt.")] = 1,
+    megabytes: Annotated[
+        int, typer.Option(help="Packed weights in all: more than the last cache, or less.")
+    ] = 64,
+    repeats: Annotated[int, typer.Option(help="Calls of each way.")] = 7,
+    as_json: Json = False,
+) -> None:
+    """Time the packed products on this machine against PyTorch's bfloat16 product.
+
+    Weights are random. "of bandwidth" is the share of what PyTorch's sum reads from memory.
+    """
+    from dataclasses import asdict
+
+    import torch
+
+    from .bench import bench as measure
+    from .bench import read_bandwidth
+    from .matrix import required_kernels
+
+    level, bandwidth = required_kernels().level, read_bandwidth()
+    print(f"level {level}, {torch.get_num_threads()} threads, memory {bandwidth / 1e9:.1f} GB/s")
+    rows = list(
+        measure(
+            out_features,
+            in_features,
+            group_size=group_size,
+            tokens=tokens,
+            bytes_of_weights=megabytes << 20,
+            repeats=repeats,
+        )
+    )
+    dense = rows[-1].seconds
+    print(
+        f"{'way':<20} {'ms':>9} {'Gweights/s':>11} {'bits':>6} {'of bandwidth':>13} {'vs torch':>9}"
+    )
+    for row in rows:
+        rate = row.weights * row.tokens / row.seconds / 1e9
+        share = row.bytes / row.seconds / bandwidth
+        print(
+            f"{row.way:<20} {row.seconds * 1e3:>9.3f} {rate:>11.1f} {row.bits:>6.3f} "
+            f"{share:>13.0%} {dense / row.seconds:>8.2f}x"
+        )
+    if as_json:
+        print(
+            json.dumps(
+                {"level": level, "bandwidth": bandwidth, "rows": [asdict(row) for row in rows]}
+            )
+        )
+
+
+@app.command()
 def selfcheck() -> None:
-    """Check that this installation quantises, packs and unpacks exactly."""
+    """Check that this installation quantises, packs, unpacks and multiplies exactly."""
     from .selfcheck import checks
 
     failed = 0

@@ -103,6 +103,11 @@ class TernaryMatrix:
         packed = pack_codes(codes, self.codec)
         return PackedTensor(packed, scales, self.shape, self.group_size, self.codec)
 
+    def copy(self) -> TernaryMatrix:
+        """The same matrix in memory of its own."""
+        data = large_bytes(self.nbytes).copy_(self.data)
+        return TernaryMatrix(data, self.shape, self.group_size, self.codec, self.scale_dtype)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the layout."""
