@@ -129,7 +129,7 @@ def exact_kinds(packed: PackedTensor) -> list[str]:
 
 
 def fits(in_features: int, group_size: int, kind: str) -> bool:
-    """Whether blocks of `kind` lie inside groups; whether fp16 holds the scales is another matter."""
+    """Whether blocks of `kind` lie inside groups (fp16 may still not hold the scales)."""
     size, _ = BLOCKS[kind]
     group, _, tail = groups_of(in_features, group_size)
     return in_features % size == 0 and group % size == 0 and tail % size == 0
