@@ -146,6 +146,53 @@ def quantise(
 
 
 @app.command()
+def train(
+    model: Model,
+    texts: Annotated[list[Path], typer.Argument(help="UTF-8 text files.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must not exist.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps of both stages.")] = 1000,
+    group_size: Annotated[int, typer.Option(help="Channels a scale, -1 for rows.")] = 128,
+    qat: Annotated[float, typer.Option(help="Share of the steps with ternary weights.")] = 0.4,
+    lr: Annotated[float, typer.Option(help="Peak rate of the first stage.")] = 1e-3,
+    warmup: Annotated[int, typer.Option(help="Warm-up steps of each stage.")] = 20,
+    block: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Model folder to distil from at the end of QAT.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model in two stages, full precision and then ternary, and write it ternary.
+
+    Runs on one CPU or GPU, or under torchrun or accelerate launch. Interrupted, the same command
+    goes on from the last checkpoint, in OUT.training.
+    """
+    from .config import TernaryConfig, TwoStageConfig
+    from .train import train_model
+
+    schedule = TwoStageConfig(
+        qat_fraction=qat,
+        lr=lr,
+        warmup_steps=warmup,
+        rewarmup_steps=warmup,
+        allow_short_qat=True,
+        decay_fraction=min(0.2, qat / 2),
+    )
+    report = train_model(
+        model, texts, out, steps=steps, ternary=TernaryConfig(group_size=group_size),
+        two_stage=schedule, block=block, batch=batch, teacher_dir=teacher, seed=seed, bf16=bf16,
+    )  # fmt: skip
+    print(f"{report.steps} steps, {report.qat_steps} of them ternary, {report.tokens:,} tokens")
+    if report.first_loss is not None:
+        print(f"loss {report.first_loss:.3f} to {report.last_loss:.3f}")
+    print(f"zeros among the ternary weights: {report.zero_share:.1%}; model in {out}")
+    if as_json:
+        print(json.dumps(report.to_dict()))
+
+
+@app.command()
 def bench(
     out_features: Annotated[int, typer.Option("--out", help="Rows of the matrix.")] = 4096,
     in_features: Annotated[int, typer.Option("--in", help="Columns of the matrix.")] = 4096,
