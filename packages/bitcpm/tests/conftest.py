@@ -29,7 +29,7 @@ def build(arch: str, seed: int = 0, **changes):
     torch.manual_seed(seed)
     sizes = SIZES | (dict(num_key_value_heads=6) if arch == "llama" else {}) | changes
     if arch == "qwen3":
-        sizes["head_dim"] = 8
+        sizes.setdefault("head_dim", 8)
     config = AutoConfig.for_model(arch.partition("-")[0], **sizes)
     return AutoModelForCausalLM.from_config(config).eval()
 

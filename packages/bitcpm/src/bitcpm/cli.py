@@ -119,6 +119,32 @@ def unpack(
 
 
 @app.command()
+def export(
+    packed: Annotated[Path, typer.Argument(help="Folder made by pack.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="GGUF file to write.")],
+    kind: Annotated[
+        str, typer.Option("--type", help="TQ1_0, TQ2_0, or Q4_0, which holds groups of 32.")
+    ] = "TQ2_0",
+    allow_error: Annotated[
+        bool, typer.Option(help="Accept scales that the type cannot hold; the error is printed.")
+    ] = False,
+) -> None:
+    """Write a packed Llama or Qwen3 model as a GGUF file (without its tokenizer).
+
+    Refuses where the type would change the weights, and says by how much.
+    """
+    from .gguf_export import export_gguf
+
+    with _progress("exporting") as progress:
+        report = export_gguf(packed, out, kind, allow_error, progress)
+    print(f"{report.ternary} tensors in {kind}, {report.plain} others, {report.bytes:,} bytes")
+    if report.error:
+        print(f"warning: the type does not hold the weights: relative error {report.error:.3g}")
+    else:
+        print("the weights are exact")
+
+
+@app.command()
 def quantise(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
