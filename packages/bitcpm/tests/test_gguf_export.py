@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import build
+from bitcpm_models import build
 
 from bitcpm import TernaryConfig, load_packed_model, materialise, pack_model, ternarize
 from bitcpm.gguf_export import export_gguf, gguf_name

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kernel_checks
+import bitcpm_kernel_checks
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +24,7 @@ def run_at(level: str | None) -> list[str]:
     """[level in use, digest] of all checks in a process of its own."""
     env = {k: v for k, v in os.environ.items() if k != "BITCPM_CPU_LEVEL"}
     env |= {"OMP_NUM_THREADS": "1"} | ({"BITCPM_CPU_LEVEL": level} if level else {})
-    program = Path(__file__).parent / "kernel_checks.py"
+    program = Path(__file__).parent / "bitcpm_kernel_checks.py"
     done = subprocess.run([sys.executable, program], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -56,17 +56,17 @@ def test_an_unknown_level_is_refused(monkeypatch):
     seed=st.integers(0, 1000),
 )
 def test_products_of_any_shape(O, I, g, codec, other, T, by_group, seed):
-    packed = kernel_checks.random_packed(O, I, g, torch.float32, codec, seed)
+    packed = bitcpm_kernel_checks.random_packed(O, I, g, torch.float32, codec, seed)
     matrix = TernaryMatrix.from_packed(packed, other)
     x = torch.randn(T, I, generator=torch.Generator().manual_seed(seed))
     out = matrix.multiply(x, None, "int8-group" if by_group else "int8")
-    assert torch.equal(out, torch.from_numpy(kernel_checks.int8_oracle(x, packed, by_group)))
+    assert torch.equal(out, torch.from_numpy(bitcpm_kernel_checks.int8_oracle(x, packed, by_group)))
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("codec", CODECS)
 def test_results_do_not_depend_on_threads_or_on_neighbours(codec, mode):
-    packed = kernel_checks.random_packed(700, 500, 128, torch.bfloat16, codec)
+    packed = bitcpm_kernel_checks.random_packed(700, 500, 128, torch.bfloat16, codec)
     matrix = TernaryMatrix.from_packed(packed)
     x = torch.randn(40, 500)
     before = torch.get_num_threads()
@@ -85,7 +85,7 @@ def test_results_do_not_depend_on_threads_or_on_neighbours(codec, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_of_any_stride_dims_and_bias(mode):
-    packed = kernel_checks.random_packed(130, 96, 32, torch.float32, "1.6bit")
+    packed = bitcpm_kernel_checks.random_packed(130, 96, 32, torch.float32, "1.6bit")
     matrix = TernaryMatrix.from_packed(packed)
     x, bias = torch.randn(2, 3, 192), torch.randn(130)
     for view in (x[..., :96], x[..., ::2], x.transpose(0, 1)[..., 96:]):
@@ -99,7 +99,7 @@ def test_rows_of_any_stride_dims_and_bias(mode):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_shows(bad):
-    packed = kernel_checks.random_packed(70, 96, 32, torch.float32, "1.6bit")
+    packed = bitcpm_kernel_checks.random_packed(70, 96, 32, torch.float32, "1.6bit")
     matrix = TernaryMatrix.from_packed(packed)
     x = torch.randn(3, 96)
     x[1, 5] = bad
@@ -110,7 +110,7 @@ def test_what_is_no_number_shows(bad):
 
 
 def test_tiny_and_zero_activations_give_zero():
-    packed = kernel_checks.random_packed(70, 96, 32, torch.float32, "2bit")
+    packed = bitcpm_kernel_checks.random_packed(70, 96, 32, torch.float32, "2bit")
     matrix = TernaryMatrix.from_packed(packed)
     for value in (0.0, 1e-38, 1e-44):
         x = torch.full((2, 96), value)
@@ -118,7 +118,7 @@ def test_tiny_and_zero_activations_give_zero():
 
 
 def test_errors_say_what_is_wrong():
-    packed = kernel_checks.random_packed(70, 96, 32, torch.float32, "2bit")
+    packed = bitcpm_kernel_checks.random_packed(70, 96, 32, torch.float32, "2bit")
     matrix = TernaryMatrix.from_packed(packed)
     with pytest.raises(ValueError, match=r"float \[\.\.\., 96\] on the CPU.*\[2, 95\]"):
         matrix.multiply(torch.randn(2, 95))
@@ -134,7 +134,7 @@ def test_bytes_are_those_of_the_documented_layout():
     """`csrc/args.h`, read independently: every row and column is where it says."""
     O, I, g = 330, 300, 250
     for codec in CODECS:
-        packed = kernel_checks.random_packed(O, I, g, torch.float32, codec)
+        packed = bitcpm_kernel_checks.random_packed(O, I, g, torch.float32, codec)
         codes, scales = packed.unpack()
         data = TernaryMatrix.from_packed(packed).data.numpy()
         found, at = torch.full((384, I), 9, dtype=torch.int8), 0
@@ -186,7 +186,7 @@ def _read(codec, line, vector, strip, column, end, found):
 
 
 def test_a_matrix_in_memory_that_is_not_aligned_is_copied():
-    packed = kernel_checks.random_packed(70, 96, 32, torch.float32, "2bit")
+    packed = bitcpm_kernel_checks.random_packed(70, 96, 32, torch.float32, "2bit")
     good = TernaryMatrix.from_packed(packed)
     shifted = torch.empty(good.data.numel() + 64, dtype=torch.uint8)
     shifted = shifted[(1 - shifted.data_ptr()) % 64 :][: good.data.numel()].copy_(good.data)

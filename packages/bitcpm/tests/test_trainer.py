@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from trainer_runs import SCHEDULE, trainer
+from bitcpm_trainer_runs import SCHEDULE, trainer
 
 from bitcpm import TwoStage
 from bitcpm.qat import ternary_layers
@@ -52,7 +52,7 @@ def test_a_run_that_resumes_ends_like_one_that_was_not_interrupted(tmp_path):
 def test_two_processes_on_cpus_train_one_model(tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(Path(__file__).parent / "trainer_runs.py"), str(tmp_path),
+        str(Path(__file__).parent / "bitcpm_trainer_runs.py"), str(tmp_path),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 def test_products_in_the_interpreter():
-    program = Path(__file__).parent / "triton_checks.py"
+    program = Path(__file__).parent / "bitcpm_triton_checks.py"
     done = subprocess.run([sys.executable, program], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split()[-1] == "ok", done.stderr
 
@@ -20,9 +20,9 @@ def test_products_in_the_interpreter():
 def test_products_on_a_gpu():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    import triton_checks
+    import bitcpm_triton_checks
 
-    triton_checks.check_products("cuda")
+    bitcpm_triton_checks.check_products("cuda")
 
 
 @pytest.mark.parametrize("capability", [80, 90])

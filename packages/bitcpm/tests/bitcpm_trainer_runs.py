@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import build
+from bitcpm_models import build
 from transformers import TrainingArguments
 
 from bitcpm import TernaryConfig, TwoStageConfig
