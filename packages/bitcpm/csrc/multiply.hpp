@@ -144,9 +144,10 @@ class Multiplier {
     }
 
     // ---- many tokens from digits
-    // N tokens from t on, rows of LANES sixteens from v on; y and partial are [token][64].
+    // N tokens from t on, rows of LANES sixteens from v on; y and partial are [token][64]. Not inlined: GCC then keeps the
+    // sums in registers, and otherwise spills them in the innermost loop (half the speed).
     template <int N>
-    void whole(const char *digits, const Part &part, const char *scale, int64_t t, int v, float *y, int32_t *partial) const {
+    __attribute__((noinline)) void whole(const char *digits, const Part &part, const char *scale, int64_t t, int v, float *y, int32_t *partial) const {
         I acc[LANES][N];
         const int8_t *x[N];
 #pragma GCC unroll 8
@@ -200,7 +201,7 @@ class Multiplier {
     }
 
     template <int N>
-    void exact(const char *digits, const Part &part, const char *scale, int64_t t, int v, float *y, float *partial) const {
+    __attribute__((noinline)) void exact(const char *digits, const Part &part, const char *scale, int64_t t, int v, float *y, float *partial) const {
         F acc[LANES][N];
         const float *x[N];
 #pragma GCC unroll 8

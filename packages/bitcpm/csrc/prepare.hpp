@@ -20,8 +20,14 @@ inline void to_floats(const void *x, int64_t begin, int64_t n, int32_t dtype, fl
 
 // The largest |x|, as bits: NaN and infinity are the largest numbers there are.
 inline int32_t largest(const float *x, int64_t n) {
-    int32_t most = 0;
-    for (int64_t i = 0; i < n; ++i) {
+    const I without_sign = set(0x7fffffff);
+    I lanes = zero();
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) lanes = maximum(lanes, both(load(x + i), without_sign));
+    int32_t all[16], most = 0;
+    store(all, lanes);
+    for (int32_t bits : all) most = bits > most ? bits : most;
+    for (; i < n; ++i) {
         int32_t bits;
         std::memcpy(&bits, x + i, 4);
         bits &= 0x7fffffff;
@@ -47,15 +53,24 @@ inline int32_t to_int8(const float *x, int64_t n, float factor, int8_t *out) {
         std::memset(out, 0, size_t(n));
         return 0;
     }
-    int32_t sum = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        // Adding 1.5 2^23 rounds to nearest even and leaves the integer in the low bits, on every level.
-        const float shifted = x[i] * factor + 12582912.f;
+    // Adding 1.5 2^23 rounds to nearest even and leaves the integer in the low bits, on every level.
+    constexpr float MAGIC = 12582912.f;
+    constexpr int32_t MAGIC_BITS = 0x4b400000;
+    I lanes = zero();
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const I q = sub(bits_of(fadd(fmul(fload(x + i), fset(factor)), fset(MAGIC))), set(MAGIC_BITS));
+        store_bytes(out + i, q);
+        lanes = add(lanes, q);
+    }
+    int32_t all[16], sum = 0;
+    store(all, lanes);
+    for (int32_t q : all) sum += q;
+    for (; i < n; ++i) {
+        const float shifted = x[i] * factor + MAGIC;
         int32_t bits;
         std::memcpy(&bits, &shifted, 4);
-        const int8_t q = int8_t(bits);
-        out[i] = q;
-        sum += q;
+        sum += out[i] = int8_t(bits - MAGIC_BITS);
     }
     return sum;
 }
@@ -108,6 +123,7 @@ class Preparer {
 
     // int8 values of n <= SPAN columns, and their sum.
     int32_t round(const char *row, int64_t column, int64_t n, float factor, int8_t *out) const {
+        if (a->x_dtype == BITCPM_FLOAT32) return to_int8(reinterpret_cast<const float *>(row) + column, n, factor, out);
         float some[SPAN];
         to_floats(row, column, n, a->x_dtype, some);
         return to_int8(some, n, factor, out);

@@ -78,7 +78,7 @@ struct TableMaker {
     }
 };
 
-// int32 sums of a span of n columns, added to sum[r][v]: a panel of R blocks.
+// int32 sums of a span of n columns, added to sum[r][v]: a strip of R blocks.
 template <int R>
 inline void look_up(const char *codes, const char *table, int64_t n, I (*sum)[4]) {
     const __m512i none = _mm512_setzero_si512(), radix = _mm512_set1_epi16(36 * 256 + 1);
