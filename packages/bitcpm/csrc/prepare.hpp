@@ -21,13 +21,13 @@ inline void to_floats(const void *x, int64_t begin, int64_t n, int32_t dtype, fl
 // The largest |x|, as bits: NaN and infinity are the largest numbers there are.
 inline int32_t largest(const float *x, int64_t n) {
     const I without_sign = set(0x7fffffff);
+    const int64_t whole = n - n % 16;
     I lanes = zero();
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) lanes = maximum(lanes, both(load(x + i), without_sign));
+    for (int64_t i = 0; i < whole; i += 16) lanes = maximum(lanes, both(load(x + i), without_sign));
     int32_t all[16], most = 0;
     store(all, lanes);
     for (int32_t bits : all) most = bits > most ? bits : most;
-    for (; i < n; ++i) {
+    for (int64_t i = whole; i < n; ++i) {
         int32_t bits;
         std::memcpy(&bits, x + i, 4);
         bits &= 0x7fffffff;
@@ -56,9 +56,9 @@ inline int32_t to_int8(const float *x, int64_t n, float factor, int8_t *out) {
     // Adding 1.5 2^23 rounds to nearest even and leaves the integer in the low bits, on every level.
     constexpr float MAGIC = 12582912.f;
     constexpr int32_t MAGIC_BITS = 0x4b400000;
+    const int64_t whole = n - n % 16;
     I lanes = zero();
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
+    for (int64_t i = 0; i < whole; i += 16) {
         const I q = sub(bits_of(fadd(fmul(fload(x + i), fset(factor)), fset(MAGIC))), set(MAGIC_BITS));
         store_bytes(out + i, q);
         lanes = add(lanes, q);
@@ -66,7 +66,7 @@ inline int32_t to_int8(const float *x, int64_t n, float factor, int8_t *out) {
     int32_t all[16], sum = 0;
     store(all, lanes);
     for (int32_t q : all) sum += q;
-    for (; i < n; ++i) {
+    for (int64_t i = whole; i < n; ++i) {
         const float shifted = x[i] * factor + MAGIC;
         int32_t bits;
         std::memcpy(&bits, &shifted, 4);
