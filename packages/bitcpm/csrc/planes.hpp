@@ -6,8 +6,9 @@
 namespace bitcpm {
 inline namespace NATIVE_LEVEL {
 
-// int32 sums of the products d x of a span of n columns, added to sum[v]: one block of 64 rows.
-inline void multiply_planes(const char *codes, const int8_t *x, int64_t n, I *sum) {
+// int32 sums of the products d x of n columns, added to sum[v]: one block of 64 rows. Not inlined: GCC would keep the
+// caller's sums in registers that the loop needs.
+__attribute__((noinline)) inline void multiply_planes(const char *codes, const int8_t *x, int64_t n, I *sum) {
     const I mask = set(0x03030303);
 #if BITCPM_VNNI
     // Plane l is left at 4^l times its value, in sums of its own, and these are shifted down in the end.
