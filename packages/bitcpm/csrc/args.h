@@ -6,13 +6,16 @@
 // Letters: O output rows, I input columns, T tokens. A row's columns fall into groups of `group` (the last may be
 // shorter), each with one scale, and a group into spans of at most 240 columns.
 //
-// Kernel layout of a weight matrix. Rows go in blocks of 64 (missing rows: codes 0, scales 0), one block after the
-// other. A block is, for each group: the codes of its spans, then 64 scales. All parts are multiples of 64 bytes.
-//   2bit   A span of n columns: for each 16 of them four vectors of 64 bytes, each for 16 rows. Byte 4r + j has, for
-//          row 16v + r, columns j, 4 + j, 8 + j, 12 + j of the 16 as digits c + 1, the first in the low bits.
-//   1.6bit A span: for each 5 columns one vector of 64 bytes. With v = c0 + 3 c1 + 9 c2 + 27 c3 + 81 c4 a byte is |v|,
+// Kernel layout of a weight matrix. All parts are multiples of 64 bytes. Rows go in blocks of 64 (missing rows: codes 0,
+// scales 0), blocks in strips, strips in panels; the last of each may have fewer.
+//   2bit   A strip and a panel are one block.
+//   1.6bit A strip has 4 blocks (2 where the matrix has 4 to 7, 1 where it has fewer), a panel 16.
+// A panel is, for each span, for each strip: the codes, and after the last span of a group 64 scales for each block.
+//   2bit   For each 16 columns four vectors of 64 bytes, each for 16 rows. Byte 4r + j has, for row 16v + r, columns j,
+//          4 + j, 8 + j, 12 + j of the 16 as digits c + 1, the first in the low bits.
+//   1.6bit For each 5 columns a vector of 64 bytes for each block. With v = c0 + 3 c1 + 9 c2 + 27 c3 + 81 c4 a byte is |v|,
 //          plus 128 if v < 0. Byte 16l + 4m + i is row 16m + 4l + i.
-// Columns beyond a span's end have code 0. Bits a weight at g = 128 with 16-bit scales: 2.125 and 1.75.
+// Columns beyond a group's end have code 0. Bits a weight at g = 128 with 16-bit scales: 2.125 and 1.75.
 #pragma once
 #include <stdint.h>
 
@@ -43,7 +46,7 @@ int32_t bitcpm_prepare(const bitcpm_prepare_args *, int32_t ith, int32_t nth);
 
 // out[t][o] = sum over i of w[o][i] x[t][i], + bias[o]. In modes 0 and 1 a group's sum is an exact int32 for any input
 // (int16 holds sums of at most 240 products, which fit); groups are added in float32, in order. In mode 2 a span is
-// added up column by column in float32. Results do not depend on the level, on T or on nth, bit for bit.
+// added up column by column in float32, then a group span by span. Results do not depend on the level, on T or on nth, bit for bit.
 typedef struct {
     bitcpm_shape shape;
     const char *weights;   // kernel layout, aligned to 64
@@ -69,7 +72,7 @@ int32_t bitcpm_take_out(const bitcpm_layout_args *, int32_t ith, int32_t nth);
 
 int64_t bitcpm_weight_bytes(const bitcpm_shape *);
 int64_t bitcpm_prepared_bytes(const bitcpm_shape *, int64_t tokens, int32_t mode);
-int64_t bitcpm_work_bytes(const bitcpm_shape *, int64_t tokens, int32_t mode);  // a thread
+int64_t bitcpm_work_bytes(const bitcpm_shape *, int64_t tokens);  // a thread
 int32_t bitcpm_level(void);
 const char *bitcpm_level_name(int32_t);
 

@@ -43,11 +43,13 @@ int32_t bitcpm_parallel(ParallelFor pool, Operation operation, const void *args,
     return run_on(pool, operation, args, nth);
 }
 
+int32_t bitcpm_steps(ParallelFor pool, const Step *steps, int32_t count) { return run_steps(pool, steps, count); }
+
 int64_t bitcpm_weight_bytes(const bitcpm_shape *s) { return bitcpm::blocks_of(*s) * bitcpm::block_bytes(*s); }
 int64_t bitcpm_prepared_bytes(const bitcpm_shape *s, int64_t tokens, int32_t mode) {
-    return bitcpm::Prepared(*s, tokens, mode, bitcpm_level() == AVX512_VNNI).bytes;
+    return bitcpm::Prepared(*s, tokens, mode).bytes;
 }
-int64_t bitcpm_work_bytes(const bitcpm_shape *s, int64_t tokens, int32_t mode) {
-    return bitcpm::Work(*s, tokens, mode).bytes;
+int64_t bitcpm_work_bytes(const bitcpm_shape *s, int64_t tokens) {
+    return bitcpm::Work(*s, tokens, bitcpm_level() == AVX512_VNNI).bytes;
 }
 }

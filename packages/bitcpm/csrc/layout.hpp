@@ -6,8 +6,6 @@ namespace bitcpm {
 
 // Rows that are interleaved, and the longest span: a multiple of 5 and of 16, and 240 * 128 fits int16.
 constexpr int64_t BLOCK = 64, SPAN = 240;
-// How far ahead of a matrix-vector product weights are asked for, in bytes.
-constexpr int64_t AHEAD = 4096;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -18,7 +16,7 @@ inline int64_t groups_of(const bitcpm_shape &s) { return div_up(s.columns, group
 inline int64_t blocks_of(const bitcpm_shape &s) { return div_up(s.rows, BLOCK); }
 inline int64_t scale_bytes(const bitcpm_shape &s) { return s.scale_dtype == BITCPM_FLOAT32 ? 4 : 2; }
 
-// Bytes of a span of n columns of a block (SPAN makes this additive over a group).
+// Bytes of the codes of n columns of a block (SPAN makes this additive over a group).
 inline int64_t code_bytes(int32_t codec, int64_t n) {
     return BLOCK * (codec == BITCPM_2BIT ? 4 * div_up(n, 16) : div_up(n, 5));
 }
@@ -29,6 +27,56 @@ inline int64_t block_bytes(const bitcpm_shape &s) {
     const int64_t g = group_of(s), full = s.columns / g, tail = s.columns % g;
     return full * group_bytes(s, g) + (tail ? group_bytes(s, tail) : 0);
 }
+
+// 1.6bit: blocks that are interleaved in a strip, and the most in a panel. The product does a strip at once and wants to
+// read one stream; a panel passes by each span's tables while these are in the nearest cache. Where there are few blocks,
+// threads are to have some each.
+constexpr int64_t MOST_STRIP = 4, MOST_PANEL = 16;
+inline int64_t strip_of(const bitcpm_shape &s) {
+    const int64_t blocks = blocks_of(s);
+    return s.codec == BITCPM_2BIT || blocks < 4 ? 1 : blocks < 8 ? 2 : MOST_STRIP;
+}
+inline int64_t panel_of(const bitcpm_shape &s) { return s.codec == BITCPM_2BIT ? 1 : MOST_PANEL; }
+inline int64_t strips_of(const bitcpm_shape &s) { return div_up(blocks_of(s), strip_of(s)); }
+
+// A part of a panel: one span, and where the scales of its group follow, these.
+struct Part {
+    int64_t group, column, columns;  // its group and its columns
+    int64_t first;                   // of its columns in the padded activations
+    bool begins, ends;               // the group
+    int64_t codes, unit;             // bytes of the codes of a block; of codes and scales
+};
+template <class Each> inline void each_part(const bitcpm_shape &s, Each each) {
+    const int64_t most = group_of(s);
+    for (int64_t g = 0, column = 0; column < s.columns; ++g, column += most) {
+        const int64_t n = smaller(most, s.columns - column);
+        for (int64_t done = 0; done < n; done += SPAN) {
+            Part part{g, column + done, smaller(SPAN, n - done), g * round_up(most, 16) + done, done == 0, done + SPAN >= n, 0, 0};
+            part.codes = code_bytes(s.codec, part.columns);
+            part.unit = part.codes + (part.ends ? BLOCK * scale_bytes(s) : 0);
+            each(part);
+        }
+    }
+}
+
+// Where one block is.
+struct Place {
+    int64_t panel_blocks;         // of its panel, fewer in the last one
+    int64_t strip, strip_blocks;  // blocks of the panel before its strip; blocks of its strip
+    int64_t at;                   // in its strip
+    int64_t start;                // bytes before its panel
+    Place(const bitcpm_shape &s, int64_t block) {
+        const int64_t first = block - block % panel_of(s);
+        panel_blocks = smaller(panel_of(s), blocks_of(s) - first);
+        at = (block - first) % strip_of(s), strip = block - first - at;
+        strip_blocks = smaller(strip_of(s), panel_blocks - strip);
+        start = first * block_bytes(s);
+    }
+    int64_t codes(const Part &part) const { return strip * part.unit + at * 64; }
+    int64_t scales(const Part &part, const bitcpm_shape &s) const {
+        return strip * part.unit + strip_blocks * part.codes + at * BLOCK * scale_bytes(s);
+    }
+};
 
 // ---- prepared activations: for each token a row of values, padded so that every span begins at a multiple of 16
 // columns. Rows lie an odd number of cache lines apart: a power of two would put all of them in the same cache set.
@@ -42,7 +90,27 @@ inline int64_t value_bytes(const bitcpm_shape &s, int32_t mode) {
 }
 // Then for each token, by group: the sum of its int8 values; and their scales (mode 0: all the same).
 inline int64_t groups_padded(const bitcpm_shape &s) { return round_up(groups_of(s), 16); }
-// Then for each token, for each 5 columns, the table of sums (see tables.hpp).
+inline int64_t parts_of(const bitcpm_shape &s) {
+    const int64_t g = group_of(s), full = s.columns / g, tail = s.columns % g;
+    return full * div_up(g, SPAN) + div_up(tail, SPAN);
+}
+struct Prepared {
+    int64_t values, sums, scales;         // offsets
+    int64_t value_stride, group_stride;  // bytes from token to token
+    int64_t bytes;
+    Prepared(const bitcpm_shape &s, int64_t tokens, int32_t mode) {
+        value_stride = value_bytes(s, mode);
+        group_stride = mode != BITCPM_EXACT ? 4 * groups_padded(s) : 0;
+        values = 0;
+        sums = values + tokens * value_stride;
+        scales = sums + tokens * group_stride;
+        bytes = scales + tokens * group_stride;
+    }
+};
+
+// ---- scratch
+// For each token, for each 5 columns, the table of sums (see tables.hpp). Every thread makes its own: the other's would
+// have to come from its cache, which takes ten times as long.
 constexpr int64_t TABLE = 256;
 inline int64_t tables_of(const bitcpm_shape &s) {
     const int64_t g = group_of(s), full = s.columns / g, tail = s.columns % g;
@@ -51,35 +119,20 @@ inline int64_t tables_of(const bitcpm_shape &s) {
 // With more tokens the weights are unpacked once for all of them instead.
 constexpr int64_t TABLE_TOKENS = 4;
 
-struct Prepared {
-    int64_t values, sums, scales, tables;        // offsets
-    int64_t value_stride, group_stride, table_stride;  // bytes from token to token
-    int64_t bytes;
-    Prepared(const bitcpm_shape &s, int64_t tokens, int32_t mode, bool with_tables) {
-        const bool whole = mode != BITCPM_EXACT;
-        value_stride = value_bytes(s, mode);
-        group_stride = whole ? 4 * groups_padded(s) : 0;
-        table_stride = with_tables && whole && s.codec == BITCPM_1_6BIT && tokens <= TABLE_TOKENS ? TABLE * tables_of(s) : 0;
-        values = 0;
-        sums = values + tokens * value_stride;
-        scales = sums + tokens * group_stride;
-        tables = scales + tokens * group_stride;
-        bytes = tables + tokens * table_stride;
-    }
-};
-
 // Tokens whose float32 sums of one block wait in the second-level cache.
 constexpr int64_t MOST_TOKENS = 512;
 
-// A thread's scratch: digits of a span, then float32 sums and int32 sums of a block.
+// A thread's scratch: digits of a span; for each token the sums of a block so far, and those of an unfinished group; tables.
 struct Work {
-    int64_t digits, sums, partial, bytes;
-    Work(const bitcpm_shape &s, int64_t tokens, int32_t mode) {
+    int64_t digits, sums, partial, tables, table_stride, bytes;
+    Work(const bitcpm_shape &s, int64_t tokens, bool with_tables) {
         const int64_t most = smaller(tokens, MOST_TOKENS) * BLOCK * 4;
         digits = 0;
         sums = digits + BLOCK * SPAN;
         partial = sums + most;
-        bytes = partial + (mode != BITCPM_EXACT && group_of(s) > SPAN ? most : 0);
+        tables = partial + (group_of(s) > SPAN ? most : 0);
+        table_stride = with_tables && s.codec == BITCPM_1_6BIT && tokens <= TABLE_TOKENS ? TABLE * tables_of(s) : 0;
+        bytes = tables + tokens * table_stride;
     }
 };
 

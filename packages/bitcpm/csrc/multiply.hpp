@@ -19,7 +19,7 @@ constexpr int LANES = 1, WHOLE_TOKENS = 1, EXACT_TOKENS = 1;
 class Multiplier {
     const bitcpm_multiply_args *a;
     const bitcpm_shape &s;
-    const int64_t group, groups, columns, bytes;
+    const int64_t group, groups, columns;
     const Prepared at;
 
     const int8_t *values(int64_t t) const { return reinterpret_cast<const int8_t *>(a->prepared + at.values + t * at.value_stride); }
@@ -27,10 +27,10 @@ class Multiplier {
     const float *worth(int64_t t) const { return reinterpret_cast<const float *>(a->prepared + at.scales + t * at.group_stride); }
     int64_t size(int64_t g) const { return smaller(group, columns - g * group); }
 
-    // Sixteen scales of a group, times what the token's int8 values are worth if that differs by group.
-    F scale_of(const char *scale, int v, int64_t t, int64_t g) const {
-        const F w = scales(scale + v * 16 * scale_bytes(s), s.scale_dtype);
-        return a->mode == BITCPM_INT8_GROUP ? fmul(w, fset(worth(t)[g])) : w;
+    // Scales of sixteen rows; and times what the token's int8 values are worth, if that differs by group.
+    F sixteen(const char *scale, int v) const { return scales(scale + v * 16 * scale_bytes(s), s.scale_dtype); }
+    F times(F scale, int64_t t, int64_t g) const {
+        return a->mode == BITCPM_INT8_GROUP ? fmul(scale, fset(worth(t)[g])) : scale;
     }
 
     // Sixteen finished sums of rows [row, row + 16), of which some may not exist.
@@ -52,12 +52,13 @@ class Multiplier {
 
   public:
     explicit Multiplier(const bitcpm_multiply_args *args)
-        : a(args), s(args->shape), group(group_of(s)), groups(groups_of(s)), columns(s.columns), bytes(block_bytes(s)),
-          at(s, args->tokens, args->mode, BITCPM_VNNI) {}
+        : a(args), s(args->shape), group(group_of(s)), groups(groups_of(s)), columns(s.columns),
+          at(s, args->tokens, args->mode) {}
+
+    static void collect(float *y, F x) { fstore(y, fadd(fload(y), x)); }
 
     // ---- one token from packed weights
-    void planes(int64_t block, int64_t t) const {
-        const char *p = a->weights + block * bytes;
+    void planes(const char *p, int64_t block, int64_t t) const {
         const int8_t *x = values(t);
         F y[4] = {fzero(), fzero(), fzero(), fzero()};
         for (int64_t g = 0; g < groups; ++g) {
@@ -66,70 +67,103 @@ class Multiplier {
             I sum[4] = {start, start, start, start};
             multiply_planes(p, x, n, sum);
             p += code_bytes(BITCPM_2BIT, n), x += round_up(n, 16);
-            for (int v = 0; v < 4; ++v) y[v] = fadd(y[v], fmul(to_float(sum[v]), scale_of(p, v, t, g)));
+            for (int v = 0; v < 4; ++v) y[v] = fadd(y[v], fmul(to_float(sum[v]), times(sixteen(p, v), t, g)));
             p += BLOCK * scale_bytes(s);
         }
         for (int v = 0; v < 4; ++v) write(y[v], block * BLOCK + v * 16, t);
     }
 
 #if BITCPM_VNNI
-    template <int R> void tables(int64_t block, int64_t t) const {
-        const char *p = a->weights + block * bytes;
-        const char *table = a->prepared + at.tables + t * at.table_stride;
-        F y[R][4];
+    // One span of a strip of R blocks for one token; y and partial are what its rows have so far.
+    template <int R>
+    void tables(const char *codes, const Part &part, const char *table, int64_t t, float *y, int32_t *partial) const {
+        I sum[R][4];
         for (int r = 0; r < R; ++r)
-            for (int v = 0; v < 4; ++v) y[r][v] = fzero();
-        for (int64_t g = 0; g < groups; ++g) {
-            const int64_t n = size(g);
-            I sum[R][4];
-            for (int r = 0; r < R; ++r)
-                for (int v = 0; v < 4; ++v) sum[r][v] = zero();
-            for (int64_t done = 0; done < n; done += SPAN) {
-                const int64_t some = smaller(SPAN, n - done), bytes_here = code_bytes(BITCPM_1_6BIT, some);
-                look_up<R>(p, bytes, table, some, sum);
-                p += bytes_here, table += bytes_here / 64 * TABLE;
+            for (int v = 0; v < 4; ++v) sum[r][v] = part.begins ? zero() : load(partial + r * BLOCK + v * 16);
+        look_up<R>(codes, table, part.columns, sum);
+        const char *scale = codes + R * part.codes;
+        for (int r = 0; r < R; ++r, scale += BLOCK * scale_bytes(s))
+            for (int v = 0; v < 4; ++v) {
+                const int64_t here = r * BLOCK + v * 16;
+                if (!part.ends) store(partial + here, sum[r][v]);
+                else collect(y + here, fmul(to_float(sum[r][v]), times(sixteen(scale, v), t, part.group)));
             }
-            for (int r = 0; r < R; ++r)
-                for (int v = 0; v < 4; ++v)
-                    y[r][v] = fadd(y[r][v], fmul(to_float(sum[r][v]), scale_of(p + r * bytes, v, t, g)));
-            p += BLOCK * scale_bytes(s);
-        }
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < 4; ++v) write(y[r][v], (block + r) * BLOCK + v * 16, t);
+    }
+
+    // Strips [begin, end) of one panel. Tables are made on the way where they are not there yet.
+    void strips(int64_t begin, int64_t end, char *work, bool made) const {
+        constexpr int64_t ROWS = MOST_PANEL * BLOCK;
+        alignas(64) float y[TABLE_TOKENS * ROWS];
+        alignas(64) int32_t partial[TABLE_TOKENS * ROWS];
+        std::memset(y, 0, size_t(a->tokens * ROWS * 4));
+        const int64_t width = strip_of(s), first = begin * width, last = smaller(end * width, blocks_of(s));
+        const Work in(s, a->tokens, true);
+        const TableMaker maker;
+        const char *p = a->weights + Place(s, first).start;
+        char *table = work + in.tables;
+        each_part(s, [&](const Part &part) {
+            if (!made)
+                for (int64_t t = 0; t < a->tokens; ++t) maker.make(values(t) + part.first, part.columns, table + t * in.table_stride);
+            for (int64_t block = first; block < last; block += width) {
+                const Place place(s, block);
+                const char *codes = p + place.codes(part);
+                for (int64_t t = 0; t < a->tokens; ++t) {
+                    const int64_t row = t * ROWS + (block - first) * BLOCK;
+                    const char *mine = table + t * in.table_stride;
+                    if (place.strip_blocks == 4) tables<4>(codes, part, mine, t, y + row, partial + row);
+                    else if (place.strip_blocks == 3) tables<3>(codes, part, mine, t, y + row, partial + row);
+                    else if (place.strip_blocks == 2) tables<2>(codes, part, mine, t, y + row, partial + row);
+                    else tables<1>(codes, part, mine, t, y + row, partial + row);
+                }
+            }
+            p += Place(s, first).panel_blocks * part.unit;
+            table += div_up(part.columns, 5) * TABLE;
+        });
+        for (int64_t t = 0; t < a->tokens; ++t)
+            for (int64_t row = 0; row < (last - first) * BLOCK; row += 16) write(fload(y + t * ROWS + row), first * BLOCK + row, t);
     }
 #endif
 
-    void vector(int64_t begin, int64_t end) const {
-        int64_t block = begin;
+    // Strips [begin, end).
+    void vector(int64_t begin, int64_t end, char *work) const {
+        if (s.codec == BITCPM_2BIT) {
+            for (int64_t block = begin; block < end; ++block)
+                for (int64_t t = 0; t < a->tokens; ++t) planes(a->weights + Place(s, block).start, block, t);
+            return;
+        }
 #if BITCPM_VNNI
-        if (s.codec == BITCPM_1_6BIT) {
-            for (; block + 4 <= end; block += 4)
-                for (int64_t t = 0; t < a->tokens; ++t) tables<4>(block, t);
-            for (; block + 2 <= end; block += 2)
-                for (int64_t t = 0; t < a->tokens; ++t) tables<2>(block, t);
-            for (; block < end; ++block)
-                for (int64_t t = 0; t < a->tokens; ++t) tables<1>(block, t);
+        const int64_t width = strip_of(s), most = panel_of(s) / width;
+        // Too few rows to make tables for.
+        if ((end - begin) * width <= a->tokens) return matrix(begin * width, smaller(end * width, blocks_of(s)), work);
+        for (int64_t first = begin; first < end;) {
+            const int64_t stop = smaller(end, first - first % most + most);
+            strips(first, stop, work, first != begin);
+            first = stop;
         }
 #endif
-        for (; block < end; ++block)
-            for (int64_t t = 0; t < a->tokens; ++t) planes(block, t);
     }
 
     // ---- many tokens from digits
-    // N tokens from t on, rows of LANES sixteens from v on; y and partial are [token][64].
+    // N tokens from t on, rows of LANES sixteens from v on; y and partial are [token][64]. Not inlined: GCC then keeps the
+    // sums in registers, and otherwise spills them in the innermost loop (half the speed).
     template <int N>
-    void whole(const char *digits, int64_t first, int64_t n, int64_t g, const char *scale, int64_t t, int v, float *y, int32_t *partial, bool begins, bool ends) const {
+    __attribute__((noinline)) void whole(const char *digits, const Part &part, const char *scale, int64_t t, int v, float *y, int32_t *partial) const {
         I acc[LANES][N];
         const int8_t *x[N];
 #pragma GCC unroll 8
         for (int i = 0; i < N; ++i) {
-            x[i] = values(t + i) + first;
+            x[i] = values(t + i) + part.first;
 #pragma GCC unroll 4
             for (int j = 0; j < LANES; ++j)
-                acc[j][i] = begins ? set(-sums(t + i)[g]) : load(partial + i * BLOCK + (v + j) * 16);
+                acc[j][i] = part.begins ? set(-sums(t + i)[part.group]) : load(partial + i * BLOCK + (v + j) * 16);
         }
+        // The next tokens' columns: no hardware foresees them.
+        const int64_t next = t + 2 * N <= a->tokens ? N * at.value_stride : 0;
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i)
+            for (int64_t c = 0; c < part.columns; c += 64) __builtin_prefetch(x[i] + next + c);
         const char *d = digits + v * 64;
-        for (int64_t c = 0; c < n; c += 4, d += 256) {
+        for (int64_t c = 0; c < part.columns; c += 4, d += 256) {
             I w[LANES];
 #pragma GCC unroll 4
             for (int j = 0; j < LANES; ++j) w[j] = load(d + 64 * j);
@@ -140,28 +174,44 @@ class Multiplier {
                 for (int j = 0; j < LANES; ++j) acc[j][i] = dot(acc[j][i], w[j], b);
             }
         }
+        if (!part.ends) {
 #pragma GCC unroll 8
-        for (int i = 0; i < N; ++i)
+            for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
-            for (int j = 0; j < LANES; ++j) {
-                const int64_t here = i * BLOCK + (v + j) * 16;
-                if (!ends) store(partial + here, acc[j][i]);
-                else fstore(y + here, fadd(fload(y + here), fmul(to_float(acc[j][i]), scale_of(scale, v + j, t + i, g))));
-            }
+                for (int j = 0; j < LANES; ++j) store(partial + i * BLOCK + (v + j) * 16, acc[j][i]);
+            return;
+        }
+        F weight[LANES];
+#pragma GCC unroll 4
+        for (int j = 0; j < LANES; ++j) weight[j] = sixteen(scale, v + j);
+        if (a->mode == BITCPM_INT8_TOKEN) {
+#pragma GCC unroll 8
+            for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+                for (int j = 0; j < LANES; ++j) collect(y + i * BLOCK + (v + j) * 16, fmul(to_float(acc[j][i]), weight[j]));
+            return;
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) {
+            const F worth_here = fset(worth(t + i)[part.group]);
+#pragma GCC unroll 4
+            for (int j = 0; j < LANES; ++j)
+                collect(y + i * BLOCK + (v + j) * 16, fmul(to_float(acc[j][i]), fmul(weight[j], worth_here)));
+        }
     }
 
     template <int N>
-    void exact(const char *digits, int64_t first, int64_t n, int64_t g, const char *scale, int64_t t, int v, float *y, int32_t *, bool, bool) const {
+    __attribute__((noinline)) void exact(const char *digits, const Part &part, const char *scale, int64_t t, int v, float *y, float *partial) const {
         F acc[LANES][N];
         const float *x[N];
 #pragma GCC unroll 8
         for (int i = 0; i < N; ++i) {
-            x[i] = reinterpret_cast<const float *>(values(t + i)) + first;
+            x[i] = reinterpret_cast<const float *>(values(t + i)) + part.first;
 #pragma GCC unroll 4
             for (int j = 0; j < LANES; ++j) acc[j][i] = fzero();
         }
         const char *d = digits + v * 64;
-        for (int64_t c = 0; c < n; c += 4, d += 256) {
+        for (int64_t c = 0; c < part.columns; c += 4, d += 256) {
             I w[LANES];
 #pragma GCC unroll 4
             for (int j = 0; j < LANES; ++j) w[j] = load(d + 64 * j);
@@ -178,54 +228,56 @@ class Multiplier {
                 }
             }
         }
+        F weight[LANES];
+        const bool begins = part.begins, ends = part.ends;
+        if (ends)
+#pragma GCC unroll 4
+            for (int j = 0; j < LANES; ++j) weight[j] = sixteen(scale, v + j);
 #pragma GCC unroll 8
         for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
             for (int j = 0; j < LANES; ++j) {
                 const int64_t here = i * BLOCK + (v + j) * 16;
-                fstore(y + here, fadd(fload(y + here), fmul(acc[j][i], scale_of(scale, v + j, t + i, g))));
+                if (!begins) acc[j][i] = fadd(fload(partial + here), acc[j][i]);
+                if (ends) collect(y + here, fmul(acc[j][i], weight[j]));
+                else fstore(partial + here, acc[j][i]);
             }
     }
 
     // All tokens [t, end), N at a time and then fewer.
-    template <int N, bool EXACT, class... Rest>
-    void tile(int64_t &t, int64_t end, int64_t base, const char *digits, int64_t first, int64_t n, int64_t g, const char *scale, float *y, int32_t *partial, bool begins, bool ends) const {
+    template <int N, bool EXACT>
+    void tile(int64_t &t, int64_t end, int64_t base, const char *digits, const Part &part, const char *scale, float *y, int32_t *partial) const {
         for (; t + N <= end; t += N)
             for (int v = 0; v < 4; v += LANES) {
                 float *to = y + (t - base) * BLOCK;
-                int32_t *sum = partial + (t - base) * BLOCK;
-                if constexpr (EXACT) exact<N>(digits, first, n, g, scale, t, v, to, sum, begins, ends);
-                else whole<N>(digits, first, n, g, scale, t, v, to, sum, begins, ends);
+                int32_t *some = partial + (t - base) * BLOCK;
+                if constexpr (EXACT) exact<N>(digits, part, scale, t, v, to, reinterpret_cast<float *>(some));
+                else whole<N>(digits, part, scale, t, v, to, some);
             }
-        if constexpr (N > 1) tile<N - 1, EXACT>(t, end, base, digits, first, n, g, scale, y, partial, begins, ends);
+        if constexpr (N > 1) tile<N - 1, EXACT>(t, end, base, digits, part, scale, y, partial);
     }
 
     void matrix(int64_t begin, int64_t end, char *work) const {
-        const Work in(s, a->tokens, a->mode);
+        const Work in(s, a->tokens, BITCPM_VNNI);
         char *digits = work + in.digits;
         float *y = reinterpret_cast<float *>(work + in.sums);
         int32_t *partial = reinterpret_cast<int32_t *>(work + in.partial);
         for (int64_t base = 0; base < a->tokens; base += MOST_TOKENS) {
             const int64_t stop = smaller(base + MOST_TOKENS, a->tokens);
             for (int64_t block = begin; block < end; ++block) {
-                const char *p = a->weights + block * bytes;
+                const Place place(s, block);
+                const char *p = a->weights + place.start;
                 std::memset(y, 0, size_t((stop - base) * BLOCK * 4));
-                for (int64_t g = 0; g < groups; ++g) {
-                    const int64_t n = size(g);
-                    const char *scale = p + code_bytes(s.codec, n);
-                    for (int64_t done = 0; done < n; done += SPAN) {
-                        const int64_t some = smaller(SPAN, n - done), first = g * round_up(group, 16) + done;
-                        unpack(s.codec, p, some, digits);
-                        p += code_bytes(s.codec, some);
-                        int64_t t = base;
-                        const bool begins = done == 0, ends = done + some == n;
-                        if (a->mode == BITCPM_EXACT)
-                            tile<EXACT_TOKENS, true>(t, stop, base, digits, first, some, g, scale, y, partial, begins, ends);
-                        else
-                            tile<WHOLE_TOKENS, false>(t, stop, base, digits, first, some, g, scale, y, partial, begins, ends);
-                    }
-                    p = scale + BLOCK * scale_bytes(s);
-                }
+                each_part(s, [&](const Part &part) {
+                    unpack(s.codec, p + place.codes(part), place.strip_blocks, part.columns, digits);
+                    const char *scale = p + place.scales(part, s);
+                    int64_t t = base;
+                    if (a->mode == BITCPM_EXACT)
+                        tile<EXACT_TOKENS, true>(t, stop, base, digits, part, scale, y, partial);
+                    else
+                        tile<WHOLE_TOKENS, false>(t, stop, base, digits, part, scale, y, partial);
+                    p += place.panel_blocks * part.unit;
+                });
                 for (int64_t t = base; t < stop; ++t)
                     for (int v = 0; v < 4; ++v) write(fload(y + (t - base) * BLOCK + v * 16), block * BLOCK + v * 16, t);
             }
@@ -237,12 +289,15 @@ inline int32_t multiply(const bitcpm_multiply_args *a, int32_t ith, int32_t nth)
     if (!valid(a->shape) || a->tokens < 0 || a->mode < 0 || a->mode > BITCPM_EXACT || a->out_dtype < 0 || a->out_dtype > BITCPM_FLOAT16) return 1;
     if (!aligned(a->weights) || !aligned(a->prepared) || !aligned(a->work) || a->work_stride % 64) return 2;
     const Multiplier multiplier(a);
-    const int64_t blocks = blocks_of(a->shape), begin = share(blocks, ith, nth), end = share(blocks, ith + 1, nth);
+    char *work = a->work + ith * a->work_stride;
     const bool packed = a->shape.codec == BITCPM_2BIT || BITCPM_VNNI;
-    if (a->mode != BITCPM_EXACT && packed && a->tokens <= TABLE_TOKENS)
-        multiplier.vector(begin, end);
-    else
-        multiplier.matrix(begin, end, a->work + ith * a->work_stride);
+    if (a->mode != BITCPM_EXACT && packed && a->tokens <= TABLE_TOKENS) {
+        const int64_t strips = strips_of(a->shape);
+        multiplier.vector(share(strips, ith, nth), share(strips, ith + 1, nth), work);
+    } else {
+        const int64_t blocks = blocks_of(a->shape);
+        multiplier.matrix(share(blocks, ith, nth), share(blocks, ith + 1, nth), work);
+    }
     return 0;
 }
 

@@ -6,8 +6,9 @@
 namespace bitcpm {
 inline namespace NATIVE_LEVEL {
 
-// int32 sums of the products d x of a span of n columns, added to sum[v]: one block of 64 rows.
-inline void multiply_planes(const char *codes, const int8_t *x, int64_t n, I *sum) {
+// int32 sums of the products d x of n columns, added to sum[v]: one block of 64 rows. Not inlined: GCC would keep the
+// caller's sums in registers that the loop needs.
+__attribute__((noinline)) inline void multiply_planes(const char *codes, const int8_t *x, int64_t n, I *sum) {
     const I mask = set(0x03030303);
 #if BITCPM_VNNI
     // Plane l is left at 4^l times its value, in sums of its own, and these are shifted down in the end.
@@ -19,7 +20,6 @@ inline void multiply_planes(const char *codes, const int8_t *x, int64_t n, I *su
     for (int64_t i = 0; i < n; i += 16, codes += 256, x += 16) {
         const I x0 = broadcast(x), x1 = broadcast(x + 4), x2 = broadcast(x + 8), x3 = broadcast(x + 12);
         const auto step = [&](const char *p, Sums &s) {
-            _mm_prefetch(p + AHEAD, _MM_HINT_T0);
             const I w = load(p);
             s.plane0 = dot(s.plane0, both(w, mask), x0), s.plane1 = dot(s.plane1, both(w, mask1), x1);
             s.plane2 = dot(s.plane2, both(w, mask2), x2), s.plane3 = dot(s.plane3, both(w, mask3), x3);

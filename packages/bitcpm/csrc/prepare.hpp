@@ -1,7 +1,7 @@
-// Activations to int8 (by token or by group) with the sums of each group and the tables of the 1.6bit product, or to padded
-// float32.
+// Activations to int8 (by token or by group) with the sums of each group, or to padded float32.
 #pragma once
-#include "tables.hpp"
+#include "layout.hpp"
+#include "vectors.hpp"
 
 namespace bitcpm {
 inline namespace NATIVE_LEVEL {
@@ -20,8 +20,14 @@ inline void to_floats(const void *x, int64_t begin, int64_t n, int32_t dtype, fl
 
 // The largest |x|, as bits: NaN and infinity are the largest numbers there are.
 inline int32_t largest(const float *x, int64_t n) {
-    int32_t most = 0;
-    for (int64_t i = 0; i < n; ++i) {
+    const I without_sign = set(0x7fffffff);
+    const int64_t whole = n - n % 16;
+    I lanes = zero();
+    for (int64_t i = 0; i < whole; i += 16) lanes = maximum(lanes, both(load(x + i), without_sign));
+    int32_t all[16], most = 0;
+    store(all, lanes);
+    for (int32_t bits : all) most = bits > most ? bits : most;
+    for (int64_t i = whole; i < n; ++i) {
         int32_t bits;
         std::memcpy(&bits, x + i, 4);
         bits &= 0x7fffffff;
@@ -47,91 +53,93 @@ inline int32_t to_int8(const float *x, int64_t n, float factor, int8_t *out) {
         std::memset(out, 0, size_t(n));
         return 0;
     }
-    int32_t sum = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        // Adding 1.5 2^23 rounds to nearest even and leaves the integer in the low bits, on every level.
-        const float shifted = x[i] * factor + 12582912.f;
+    // Adding 1.5 2^23 rounds to nearest even and leaves the integer in the low bits, on every level.
+    constexpr float MAGIC = 12582912.f;
+    constexpr int32_t MAGIC_BITS = 0x4b400000;
+    const int64_t whole = n - n % 16;
+    I lanes = zero();
+    for (int64_t i = 0; i < whole; i += 16) {
+        const I q = sub(bits_of(fadd(fmul(fload(x + i), fset(factor)), fset(MAGIC))), set(MAGIC_BITS));
+        store_bytes(out + i, q);
+        lanes = add(lanes, q);
+    }
+    int32_t all[16], sum = 0;
+    store(all, lanes);
+    for (int32_t q : all) sum += q;
+    for (int64_t i = whole; i < n; ++i) {
+        const float shifted = x[i] * factor + MAGIC;
         int32_t bits;
         std::memcpy(&bits, &shifted, 4);
-        const int8_t q = int8_t(bits);
-        out[i] = q;
-        sum += q;
+        sum += out[i] = int8_t(bits - MAGIC_BITS);
     }
     return sum;
 }
 
 class Preparer {
     const bitcpm_prepare_args *a;
-    const int64_t group, groups;
+    const int64_t group;
     const Prepared at;
-#if BITCPM_VNNI
-    const TableMaker tables;
-#endif
 
   public:
     explicit Preparer(const bitcpm_prepare_args *args)
-        : a(args), group(group_of(args->shape)), groups(groups_of(args->shape)),
-          at(args->shape, args->tokens, args->mode, BITCPM_VNNI) {}
+        : a(args), group(group_of(args->shape)),
+          at(args->shape, args->tokens, args->mode) {}
 
-    // Groups [first, last) of token t.
-    void token(int64_t t, int64_t first, int64_t last) const {
+    // Parts [begin, end) of token t.
+    void token(int64_t t, int64_t begin, int64_t end) const {
         const char *row = static_cast<const char *>(a->x) + t * a->x_stride * (a->x_dtype == BITCPM_FLOAT32 ? 4 : 2);
         char *values = a->prepared + at.values + t * at.value_stride;
-        if (a->mode == BITCPM_EXACT) {
-            for (int64_t g = first; g < last; ++g) exact(row, g, reinterpret_cast<float *>(values));
-            return;
-        }
-        int32_t most = 0;
-        if (a->mode == BITCPM_INT8_TOKEN) most = largest_of(row, 0, a->shape.columns);
-        for (int64_t g = first; g < last; ++g) {
-            if (a->mode == BITCPM_INT8_GROUP) most = largest_of(row, g * group, size(g));
-            whole(row, t, g, Rounding(most), reinterpret_cast<int8_t *>(values));
-        }
+        const int32_t most = a->mode == BITCPM_INT8_TOKEN ? largest_of(row, 0, a->shape.columns) : 0;
+        int64_t number = 0;
+        each_part(a->shape, [&](const Part &part) {
+            const int64_t mine = number++;
+            if (mine < begin || mine >= end) return;
+            if (a->mode == BITCPM_EXACT) return exact(row, part, reinterpret_cast<float *>(values));
+            const int32_t here = a->mode == BITCPM_INT8_TOKEN ? most : largest_of(row, part.group * group, size(part.group));
+            whole(row, t, part, Rounding(here), reinterpret_cast<int8_t *>(values));
+        });
     }
 
   private:
-    static constexpr int64_t PART = 960;
     int64_t size(int64_t g) const { return smaller(group, a->shape.columns - g * group); }
 
     int32_t largest_of(const char *row, int64_t begin, int64_t n) const {
         if (a->x_dtype == BITCPM_FLOAT32) return largest(reinterpret_cast<const float *>(row) + begin, n);
-        float part[PART];
+        float some[SPAN];
         int32_t most = 0;
-        for (int64_t i = 0; i < n; i += PART) {
-            const int64_t some = smaller(PART, n - i);
-            to_floats(row, begin + i, some, a->x_dtype, part);
-            const int32_t here = largest(part, some);
+        for (int64_t i = 0; i < n; i += SPAN) {
+            to_floats(row, begin + i, smaller(SPAN, n - i), a->x_dtype, some);
+            const int32_t here = largest(some, smaller(SPAN, n - i));
             most = here > most ? here : most;
         }
         return most;
     }
 
-    void exact(const char *row, int64_t g, float *values) const {
-        const int64_t n = size(g);
-        float *out = values + g * round_up(group, 16);
-        to_floats(row, g * group, n, a->x_dtype, out);
-        for (int64_t i = n; i < round_up(n, 16); ++i) out[i] = 0.f;
+    void exact(const char *row, const Part &part, float *values) const {
+        float *out = values + part.first;
+        to_floats(row, part.column, part.columns, a->x_dtype, out);
+        for (int64_t i = part.columns; i < round_up(part.columns, 16); ++i) out[i] = 0.f;
     }
 
-    void whole(const char *row, int64_t t, int64_t g, Rounding r, int8_t *values) const {
-        const int64_t n = size(g);
-        int8_t *out = values + g * round_up(group, 16);
-        float part[PART];
-        int32_t sum = 0;
-        for (int64_t i = 0; i < n; i += PART) {
-            const int64_t some = smaller(PART, n - i);
-            to_floats(row, g * group + i, some, a->x_dtype, part);
-            sum += to_int8(part, some, r.factor, out + i);
-        }
+    // int8 values of n <= SPAN columns, and their sum.
+    int32_t round(const char *row, int64_t column, int64_t n, float factor, int8_t *out) const {
+        if (a->x_dtype == BITCPM_FLOAT32) return to_int8(reinterpret_cast<const float *>(row) + column, n, factor, out);
+        float some[SPAN];
+        to_floats(row, column, n, a->x_dtype, some);
+        return to_int8(some, n, factor, out);
+    }
+
+    void whole(const char *row, int64_t t, const Part &part, Rounding r, int8_t *values) const {
+        const int64_t n = part.columns;
+        int8_t *out = values + part.first;
+        int32_t sum = round(row, part.column, n, r.factor, out);
         std::memset(out + n, 0, size_t(round_up(n, 16) - n));
-        reinterpret_cast<int32_t *>(a->prepared + at.sums + t * at.group_stride)[g] = sum;
-        reinterpret_cast<float *>(a->prepared + at.scales + t * at.group_stride)[g] = r.scale;
-#if BITCPM_VNNI
-        if (!at.table_stride) return;
-        char *table = a->prepared + at.tables + t * at.table_stride + TABLE * g * div_up(group, 5);
-        for (int64_t done = 0; done < n; done += SPAN)
-            tables.make(out + done, smaller(SPAN, n - done), table + done / 5 * TABLE);
-#endif
+        if (part.ends) {
+            int8_t other[SPAN];  // another thread may have the group's other parts, which are few
+            for (int64_t c = part.group * group; c < part.column; c += SPAN) sum += round(row, c, SPAN, r.factor, other);
+            reinterpret_cast<int32_t *>(a->prepared + at.sums + t * at.group_stride)[part.group] = sum;
+            reinterpret_cast<float *>(a->prepared + at.scales + t * at.group_stride)[part.group] = r.scale;
+        }
     }
 };
 
@@ -139,11 +147,11 @@ inline int32_t prepare(const bitcpm_prepare_args *a, int32_t ith, int32_t nth) {
     if (!valid(a->shape) || a->tokens < 0 || a->mode < 0 || a->mode > BITCPM_EXACT || a->x_dtype < 0 || a->x_dtype > BITCPM_FLOAT16) return 1;
     if (!aligned(a->prepared)) return 2;
     const Preparer preparer(a);
-    const int64_t groups = groups_of(a->shape);
+    const int64_t parts = parts_of(a->shape);
     if (a->tokens >= nth) {
-        for (int64_t t = share(a->tokens, ith, nth); t < share(a->tokens, ith + 1, nth); ++t) preparer.token(t, 0, groups);
+        for (int64_t t = share(a->tokens, ith, nth); t < share(a->tokens, ith + 1, nth); ++t) preparer.token(t, 0, parts);
     } else {
-        for (int64_t t = 0; t < a->tokens; ++t) preparer.token(t, share(groups, ith, nth), share(groups, ith + 1, nth));
+        for (int64_t t = 0; t < a->tokens; ++t) preparer.token(t, share(parts, ith, nth), share(parts, ith + 1, nth));
     }
     return 0;
 }

@@ -5,27 +5,27 @@
 
 namespace bitcpm {
 
-// Calls place(row, group, first column, columns, the span's codes) and scale(row, group, its place) for every row.
-template <class Codes, class Scale>
-void walk(const bitcpm_layout_args *a, int32_t ith, int32_t nth, Codes codes, Scale scale) {
+// Calls codes(block, part, first column, the span's codes, blocks of the strip) and scales(block, group, their place).
+template <class Codes, class Scales>
+void walk(const bitcpm_layout_args *a, int32_t ith, int32_t nth, Codes codes, Scales scales) {
     const bitcpm_shape &s = a->shape;
-    const int64_t group = group_of(s), blocks = blocks_of(s), bytes = block_bytes(s);
+    const int64_t blocks = blocks_of(s);
     for (int64_t block = share(blocks, ith, nth); block < share(blocks, ith + 1, nth); ++block) {
-        char *p = a->weights + block * bytes;
-        for (int64_t g = 0, column = 0; column < s.columns; ++g) {
-            const int64_t n = smaller(group, s.columns - column);
-            codes(block, column, n, p);
-            p += code_bytes(s.codec, n);
-            scale(block, g, p);
-            p += BLOCK * scale_bytes(s);
-            column += n;
-        }
+        const Place place(s, block);
+        char *p = a->weights + place.start;
+        int64_t column = 0;
+        each_part(s, [&](const Part &part) {
+            codes(block, part, column, p + place.codes(part), place.strip_blocks);
+            if (part.ends) scales(block, part.group, p + place.scales(part, s));
+            p += place.panel_blocks * part.unit;
+            column += part.columns;
+        });
     }
 }
 
-// Byte of a group's codes and place in it (bits or digits) of column c, row r of the block.
+// Byte of a span's codes that holds column c, row r of the block.
 inline int64_t byte_2bit(int64_t c, int64_t r) { return c / 16 * 256 + r / 16 * 64 + r % 16 * 4 + c % 4; }
-inline int64_t byte_1_6bit(int64_t c, int64_t r) { return c / 5 * 64 + r / 4 % 4 * 16 + r / 16 * 4 + r % 4; }
+inline int64_t byte_1_6bit(int64_t c, int64_t r, int64_t blocks) { return c / 5 * 64 * blocks + r / 4 % 4 * 16 + r / 16 * 4 + r % 4; }
 constexpr int PLACE[5] = {1, 3, 9, 27, 81};
 
 inline int32_t lay_out(const bitcpm_layout_args *a, int32_t ith, int32_t nth) {
@@ -34,9 +34,11 @@ inline int32_t lay_out(const bitcpm_layout_args *a, int32_t ith, int32_t nth) {
     if (!aligned(a->weights)) return 2;
     const int64_t groups = groups_of(s), width = scale_bytes(s);
     walk(a, ith, nth,
-         [&](int64_t block, int64_t first, int64_t n, char *p) {
+         [&](int64_t block, const Part &part, int64_t first, char *p, int64_t blocks) {
+             const int64_t n = part.columns;
              // Code 0 everywhere first: 2bit digits are 1, and |v| is 0.
-             std::memset(p, s.codec == BITCPM_2BIT ? 0x55 : 0, size_t(code_bytes(s.codec, n)));
+             if (s.codec == BITCPM_2BIT) std::memset(p, 0x55, size_t(part.codes));
+             else for (int64_t c = 0; c < n; c += 5) std::memset(p + c / 5 * 64 * blocks, 0, 64);
              for (int64_t r = 0; r < smaller(BLOCK, s.rows - block * BLOCK); ++r) {
                  const int8_t *row = a->codes + (block * BLOCK + r) * s.columns + first;
                  if (s.codec == BITCPM_2BIT) {
@@ -45,7 +47,7 @@ inline int32_t lay_out(const bitcpm_layout_args *a, int32_t ith, int32_t nth) {
                      for (int64_t c = 0; c < n; c += 5) {
                          int v = 0;
                          for (int64_t l = 0; l < smaller(5, n - c); ++l) v += PLACE[l] * row[c + l];
-                         p[byte_1_6bit(c, r)] = char(v < 0 ? 128 - v : v);
+                         p[byte_1_6bit(c, r, blocks)] = char(v < 0 ? 128 - v : v);
                      }
                  }
              }
@@ -64,14 +66,15 @@ inline int32_t take_out(const bitcpm_layout_args *a, int32_t ith, int32_t nth) {
     if (!aligned(a->weights)) return 2;
     const int64_t groups = groups_of(s), width = scale_bytes(s);
     walk(a, ith, nth,
-         [&](int64_t block, int64_t first, int64_t n, const char *p) {
+         [&](int64_t block, const Part &part, int64_t first, const char *p, int64_t blocks) {
+             const int64_t n = part.columns;
              for (int64_t r = 0; r < smaller(BLOCK, s.rows - block * BLOCK); ++r) {
                  int8_t *row = a->codes + (block * BLOCK + r) * s.columns + first;
                  for (int64_t c = 0; c < n; ++c) {
                      if (s.codec == BITCPM_2BIT) {
                          row[c] = int8_t((uint8_t(p[byte_2bit(c, r)]) >> (c % 16 / 4 * 2) & 3) - 1);
                      } else {
-                         const uint8_t x = uint8_t(p[byte_1_6bit(c, r)]);
+                         const uint8_t x = uint8_t(p[byte_1_6bit(c, r, blocks)]);
                          const int u = 121 + (x & 128 ? -(x & 127) : x);
                          row[c] = int8_t(u / PLACE[c % 5] % 3 - 1);
                      }

@@ -41,16 +41,22 @@ inline Bytes high16(Bytes a, Bytes b) { return _mm256_unpackhi_epi16(a, b); }
 inline void put(char *p, Bytes a) { _mm256_storeu_si256((__m256i *)p, a); }
 #endif
 
+struct DigitTable {
+    alignas(64) uint8_t digit[5][128] = {};
+    constexpr DigitTable() {
+        for (int m = 0; m <= 121; ++m)
+            for (int l = 0, u = m + 121; l < 5; ++l, u /= 3) digit[l][m] = uint8_t(u % 3);
+    }
+};
+
 // Five digits of each byte.
 struct Digits {
 #if BITCPM_VNNI
     Bytes table[5][2];  // digit of |v| < 128, by |v|
     Digits() {
-        alignas(64) uint8_t t[5][128] = {};
-        for (int m = 0; m <= 121; ++m)
-            for (int l = 0, u = m + 121; l < 5; ++l, u /= 3) t[l][m] = uint8_t(u % 3);
+        static constexpr DigitTable c;
         for (int l = 0; l < 5; ++l)
-            for (int h = 0; h < 2; ++h) table[l][h] = _mm512_load_si512(t[l] + 64 * h);
+            for (int h = 0; h < 2; ++h) table[l][h] = _mm512_load_si512(c.digit[l] + 64 * h);
     }
     void of(const char *codes, Bytes *d) const {
         const Bytes x = _mm512_loadu_si512(codes), two = _mm512_set1_epi8(2);
@@ -81,8 +87,9 @@ struct Digits {
 #endif
 };
 
-// 1.6bit: n columns are rounded up to 4; the digits beyond n are of any columns and need a zero to multiply.
-inline void unpack_1_6bit(const char *codes, int64_t n, char *digits) {
+// 1.6bit: n columns are rounded up to 4; the digits beyond n are of any columns and need a zero to multiply. One block of
+// a panel of `blocks`.
+inline void unpack_1_6bit(const char *codes, int64_t blocks, int64_t n, char *digits) {
     const Digits take;
     const int64_t chunks = div_up(n, 5), quads = div_up(n, 4);
     for (int half = 0; half < HALVES; ++half, codes += 32, digits += 32)
@@ -90,7 +97,7 @@ inline void unpack_1_6bit(const char *codes, int64_t n, char *digits) {
             Bytes d[20];
             const int64_t last = chunks - 1;  // read again where there are no 4 chunks left
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) take.of(codes + 64 * smaller(c + i, last), d + 5 * i);
+            for (int i = 0; i < 4; ++i) take.of(codes + 64 * blocks * smaller(c + i, last), d + 5 * i);
 #pragma GCC unroll 5
             for (int i = 0; i < 5; ++i) {
                 if (q + i >= quads) break;
@@ -104,10 +111,10 @@ inline void unpack_1_6bit(const char *codes, int64_t n, char *digits) {
         }
 }
 #else
-inline void unpack_1_6bit(const char *codes, int64_t n, char *digits) {
+inline void unpack_1_6bit(const char *codes, int64_t blocks, int64_t n, char *digits) {
     for (int64_t c = 0; c < n; c += 5)
         for (int64_t r = 0; r < BLOCK; ++r) {
-            const uint8_t x = uint8_t(codes[c / 5 * 64 + 16 * (r / 4 % 4) + r / 16 * 4 + r % 4]);
+            const uint8_t x = uint8_t(codes[c / 5 * 64 * blocks + 16 * (r / 4 % 4) + r / 16 * 4 + r % 4]);
             int u = 121 + (x & 128 ? -(x & 127) : x);
             for (int64_t l = c; l < c + 5 && l < round_up(n, 4); ++l, u /= 3)
                 digits[l / 4 * 256 + r * 4 + l % 4] = char(u % 3);
@@ -115,8 +122,8 @@ inline void unpack_1_6bit(const char *codes, int64_t n, char *digits) {
 }
 #endif
 
-inline void unpack(int32_t codec, const char *codes, int64_t n, char *digits) {
-    codec == BITCPM_2BIT ? unpack_2bit(codes, n, digits) : unpack_1_6bit(codes, n, digits);
+inline void unpack(int32_t codec, const char *codes, int64_t blocks, int64_t n, char *digits) {
+    codec == BITCPM_2BIT ? unpack_2bit(codes, n, digits) : unpack_1_6bit(codes, blocks, n, digits);
 }
 
 }  // namespace NATIVE_LEVEL

@@ -118,6 +118,9 @@ inline F scales(const char *p, int32_t dtype) {
     if (dtype == BITCPM_FLOAT16) return _mm512_cvtph_ps(half);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
+inline I bits_of(F a) { return _mm512_castps_si512(a); }
+inline I maximum(I a, I b) { return _mm512_max_epi32(a, b); }
+inline void store_bytes(int8_t *p, I a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
 inline void store_bf16(void *p, F a) {
     // Like to_bf16: the rounding instruction is not in every processor of this level.
     const __m512i bits = _mm512_castps_si512(a);
@@ -167,6 +170,12 @@ inline F scales(const char *p, int32_t dtype) {
     if (dtype == BITCPM_FLOAT32) return fload(reinterpret_cast<const float *>(p));
     return {scales_half(p, dtype), scales_half(p + 16, dtype)};
 }
+inline I bits_of(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+inline I maximum(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+inline void store_bytes(int8_t *p, I x) {  // of values that fit
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+    _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
 #else
 struct I { int32_t x[16]; };
 struct F { float x[16]; };
@@ -197,6 +206,9 @@ inline F to_float(I a) { F r; EACH r.x[i] = float(a.x[i]); return r; }
 inline F level_of(I a) { F r; EACH r.x[i] = float(a.x[i] & 3) - 1; return r; }
 inline F accumulate(F acc, F c, F x) { EACH acc.x[i] += c.x[i] * x.x[i]; return acc; }
 inline F scales(const char *p, int32_t dtype) { F r; EACH r.x[i] = read_float(p, i, dtype); return r; }
+inline I bits_of(F a) { I r; std::memcpy(r.x, a.x, 64); return r; }
+inline I maximum(I a, I b) { EACH a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i]; return a; }
+inline void store_bytes(int8_t *p, I a) { EACH p[i] = int8_t(a.x[i]); }
 #undef EACH
 #endif
 

@@ -1,32 +1,16 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-SIZES = dict(
-    vocab_size=96,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    pad_token_id=0,
-)
-ARCHITECTURES = ("llama", "llama-gqa3", "qwen3", "phi3", "mistral")
+# What other processes run too lies beside this file.
+sys.path.insert(0, str(Path(__file__).parent))
 
-
-def build(arch: str, seed: int = 0, **changes):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    sizes = SIZES | (dict(num_key_value_heads=6) if arch == "llama" else {}) | changes
-    if arch == "qwen3":
-        sizes["head_dim"] = 8
-    config = AutoConfig.for_model(arch.partition("-")[0], **sizes)
-    return AutoModelForCausalLM.from_config(config).eval()
+from bitcpm_models import build
 
 
 @pytest.fixture

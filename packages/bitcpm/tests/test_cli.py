@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bitcpm import cli
+from bitcpm.cpu_library import kernels
 
 runner = CliRunner()
 
@@ -49,3 +50,42 @@ def test_user_errors_are_one_line(monkeypatch, capsys, tmp_path):
         cli.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.skipif(kernels()[0] is None, reason=kernels()[1])
+def test_bench_prints_every_way():
+    out = run("bench", "--out", 128, "--in", 256, "--megabytes", 0, "--repeats", 1, "--json")
+    report = json.loads(out.splitlines()[-1])
+    ways = [row["way"] for row in report["rows"]]
+    assert len(ways) == 7 and ways[-1] == "torch bfloat16" and "1.6bit exact" in ways
+    assert all(row["seconds"] > 0 for row in report["rows"])
+    assert report["rows"][0]["bits"] == pytest.approx(1.75)
+
+
+def test_train_writes_a_ternary_model_that_packs(tiny, tmp_path):
+    pytest.importorskip("accelerate")
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    words = {chr(97 + i): i for i in range(26)} | {" ": 26, "<eos>": 27}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(
+        tmp_path / "dense"
+    )
+    (tmp_path / "text.txt").write_text("the cat sat on the mat " * 60)
+    options = [
+        *("--steps", 12, "--block", 16, "--batch", 4, "--warmup", 1, "--qat", 0.5),
+        *("--group-size", 16, "--teacher", tmp_path / "dense", "--json"),
+    ]
+    source = tmp_path / "dense", tmp_path / "text.txt"
+    report = json.loads(run("train", *source, "-o", tmp_path / "out", *options).splitlines()[-1])
+    assert report["steps"] == 12 and report["qat_steps"] == 6 and report["tokens"] == 768
+    assert "group size: 16" in run("inspect", tmp_path / "out")
+    assert "14 ternary tensors" in run("pack", tmp_path / "out", "-o", tmp_path / "packed")
+    again = run("train", *source, "-o", tmp_path / "again", *options)
+    assert "12 steps" in again
+    assert (tmp_path / "again.training").exists()
+    with pytest.raises(ValueError, match="exists: name a new folder"):
+        run("train", *source, "-o", tmp_path / "out", *options)

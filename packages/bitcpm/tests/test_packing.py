@@ -178,3 +178,15 @@ def test_codes_of_other_grids_are_refused():
         pack_codes(torch.tensor([[1, 0]]))
     with pytest.raises(ValueError, match=r"uint8 \[out, 2\]"):
         unpack_codes(torch.zeros(1, 3, dtype=torch.uint8), 10)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("group_size", (32, 100, -1))
+def test_packing_again_changes_nothing(codec, group_size):
+    w = random_ternary(12, 260, group_size, torch.bfloat16, 5) + 0.0
+    once = PackedTensor.from_weights(w, group_size, codec)
+    twice = PackedTensor.from_weights(once.dequantise(), group_size, codec)
+    assert torch.equal(once.codes, twice.codes) and torch.equal(once.scales, twice.scales)
+    codes, scales = recover(w, group_size)
+    again = recover(once.dequantise(), group_size)
+    assert torch.equal(codes, again[0]) and torch.equal(scales, again[1])

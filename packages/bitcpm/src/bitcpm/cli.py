@@ -119,6 +119,32 @@ def unpack(
 
 
 @app.command()
+def export(
+    packed: Annotated[Path, typer.Argument(help="Folder made by pack.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="GGUF file to write.")],
+    kind: Annotated[
+        str, typer.Option("--type", help="TQ1_0, TQ2_0, or Q4_0, which holds groups of 32.")
+    ] = "TQ2_0",
+    allow_error: Annotated[
+        bool, typer.Option(help="Accept scales that the type cannot hold; the error is printed.")
+    ] = False,
+) -> None:
+    """Write a packed Llama or Qwen3 model as a GGUF file (without its tokenizer).
+
+    Refuses where the type would change the weights, and says by how much.
+    """
+    from .gguf_export import export_gguf
+
+    with _progress("exporting") as progress:
+        report = export_gguf(packed, out, kind, allow_error, progress)
+    print(f"{report.ternary} tensors in {kind}, {report.plain} others, {report.bytes:,} bytes")
+    if report.error:
+        print(f"warning: the type does not hold the weights: relative error {report.error:.3g}")
+    else:
+        print("the weights are exact")
+
+
+@app.command()
 def quantise(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
@@ -146,8 +172,110 @@ def quantise(
 
 
 @app.command()
+def train(
+    model: Model,
+    texts: Annotated[list[Path], typer.Argument(help="UTF-8 text files.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must not exist.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps of both stages.")] = 1000,
+    group_size: Annotated[int, typer.Option(help="Channels a scale, -1 for rows.")] = 128,
+    qat: Annotated[float, typer.Option(help="Share of the steps with ternary weights.")] = 0.4,
+    lr: Annotated[float, typer.Option(help="Peak rate of the first stage.")] = 1e-3,
+    warmup: Annotated[int, typer.Option(help="Warm-up steps of each stage.")] = 20,
+    block: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Model folder to distil from at the end of QAT.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model in two stages, full precision and then ternary, and write it ternary.
+
+    Runs on one CPU or GPU, or under torchrun or accelerate launch. Interrupted, the same command
+    goes on from the last checkpoint, in OUT.training.
+    """
+    from .config import TernaryConfig, TwoStageConfig
+    from .train import train_model
+
+    schedule = TwoStageConfig(
+        qat_fraction=qat,
+        lr=lr,
+        warmup_steps=warmup,
+        rewarmup_steps=warmup,
+        allow_short_qat=True,
+        decay_fraction=min(0.2, qat / 2),
+    )
+    report = train_model(
+        model, texts, out, steps=steps, ternary=TernaryConfig(group_size=group_size),
+        two_stage=schedule, block=block, batch=batch, teacher_dir=teacher, seed=seed, bf16=bf16,
+    )  # fmt: skip
+    print(f"{report.steps} steps, {report.qat_steps} of them ternary, {report.tokens:,} tokens")
+    if report.first_loss is not None:
+        print(f"loss {report.first_loss:.3f} to {report.last_loss:.3f}")
+    print(f"zeros among the ternary weights: {report.zero_share:.1%}; model in {out}")
+    if as_json:
+        print(json.dumps(report.to_dict()))
+
+
+@app.command()
+def bench(
+    out_features: Annotated[int, typer.Option("--out", help="Rows of the matrix.")] = 4096,
+    in_features: Annotated[int, typer.Option("--in", help="Columns of the matrix.")] = 4096,
+    group_size: Annotated[int, typer.Option(help="Channels a scale, -1 for rows.")] = 128,
+    tokens: Annotated[int, typer.Option(help="1: decoding; 512: a prompt.")] = 1,
+    megabytes: Annotated[
+        int, typer.Option(help="Packed weights in all: more than the last cache, or less.")
+    ] = 64,
+    repeats: Annotated[int, typer.Option(help="Calls of each way.")] = 7,
+    as_json: Json = False,
+) -> None:
+    """Time the packed products on this machine against PyTorch's bfloat16 product.
+
+    Weights are random. "of bandwidth" is the share of what PyTorch's sum reads from memory.
+    """
+    from dataclasses import asdict
+
+    import torch
+
+    from .bench import bench as measure
+    from .bench import read_bandwidth
+    from .matrix import required_kernels
+
+    level, bandwidth = required_kernels().level, read_bandwidth()
+    print(f"level {level}, {torch.get_num_threads()} threads, memory {bandwidth / 1e9:.1f} GB/s")
+    rows = list(
+        measure(
+            out_features,
+            in_features,
+            group_size=group_size,
+            tokens=tokens,
+            bytes_of_weights=megabytes << 20,
+            repeats=repeats,
+        )
+    )
+    dense = rows[-1].seconds
+    print(
+        f"{'way':<20} {'ms':>9} {'Gweights/s':>11} {'bits':>6} {'of bandwidth':>13} {'vs torch':>9}"
+    )
+    for row in rows:
+        rate = row.weights * row.tokens / row.seconds / 1e9
+        share = row.bytes / row.seconds / bandwidth
+        print(
+            f"{row.way:<20} {row.seconds * 1e3:>9.3f} {rate:>11.1f} {row.bits:>6.3f} "
+            f"{share:>13.0%} {dense / row.seconds:>8.2f}x"
+        )
+    if as_json:
+        print(
+            json.dumps(
+                {"level": level, "bandwidth": bandwidth, "rows": [asdict(row) for row in rows]}
+            )
+        )
+
+
+@app.command()
 def selfcheck() -> None:
-    """Check that this installation quantises, packs and unpacks exactly."""
+    """Check that this installation quantises, packs, unpacks and multiplies exactly."""
     from .selfcheck import checks
 
     failed = 0

@@ -88,7 +88,7 @@ class Kernels:
             setattr(self, name, _native.Operation(library, "bitcpm", name))
         self._weight_bytes = _sizer(library.bitcpm_weight_bytes)
         self._prepared_bytes = _sizer(library.bitcpm_prepared_bytes, c_int64, c_int32)
-        self._work_bytes = _sizer(library.bitcpm_work_bytes, c_int64, c_int32)
+        self._work_bytes = _sizer(library.bitcpm_work_bytes, c_int64)
         library.bitcpm_level_name.restype = c_char_p
         self.level = library.bitcpm_level_name(library.bitcpm_level()).decode()
         self._local = threading.local()
@@ -100,7 +100,7 @@ class Kernels:
     def sizes(self, shape: Shape, tokens: int, mode: int) -> tuple[int, int]:
         """(bytes of prepared activations, bytes of scratch a thread)."""
         ours = ctypes.byref(shape)
-        return self._prepared_bytes(ours, tokens, mode), self._work_bytes(ours, tokens, mode)
+        return self._prepared_bytes(ours, tokens, mode), self._work_bytes(ours, tokens)
 
     def scratch(self, size: int) -> int:
         """Address of `size` bytes on a cache line, this Python thread's until its next call."""

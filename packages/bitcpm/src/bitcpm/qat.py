@@ -121,7 +121,7 @@ def ternarize(model: Model, config: TernaryConfig | None = None) -> Model:
             replaced a layer's forward. Nothing is changed then.
     """
     config = config or TernaryConfig()
-    chosen = list(_eligible(model, config))
+    chosen = list(eligible(model, config))
     if not chosen:
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear to make ternary besides its head and "
@@ -173,7 +173,12 @@ def materialise(model: Model) -> Model:
     return unternarize(model)
 
 
-def _eligible(model: nn.Module, config: TernaryConfig) -> Iterator[tuple[str, nn.Linear]]:
+def eligible(model: nn.Module, config: TernaryConfig) -> Iterator[tuple[str, nn.Linear]]:
+    """The names and modules of the linear layers that `config` makes ternary.
+
+    Raises:
+        ValueError: one is of a class whose forward bitcpm does not know.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, module in model.named_modules():

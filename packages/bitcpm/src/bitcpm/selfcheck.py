@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from .config import TernaryConfig
+from .cpu_library import kernels
 from .format import load_packed, save_packed
 from .group_size import fit_sizes
+from .matrix import TernaryMatrix
 from .packing import CODECS, PackedTensor
 from .qat import TernaryLinear, fake_quantise, straight_through
 from .recover import on_grid
@@ -47,3 +49,21 @@ def checks() -> Iterator[tuple[str, bool]]:
     layer = TernaryLinear(64, 16)
     plain = torch.nn.Linear(64, 16)
     yield "state dict is a plain layer's", layer.state_dict().keys() == plain.state_dict().keys()
+    library, reason = kernels()
+    if library is None:
+        yield f"CPU kernels: not available, {reason}", True
+        return
+    for codec in CODECS:
+        yield from _products(library.level, codec, random)
+
+
+def _products(level: str, codec: str, random: torch.Generator) -> Iterator[tuple[str, bool]]:
+    """Integer activations, which no rounding changes: each product is known exactly."""
+    w = torch.randint(-1, 2, (150, 300), generator=random).float()
+    matrix = TernaryMatrix.from_packed(PackedTensor.from_weights(w, 100, codec))
+    for tokens in (1, 20):
+        x = torch.randint(-126, 127, (tokens, 300), generator=random).float()
+        x[:, ::100] = 127  # the largest of every group: a step is 1
+        for mode in ("int8", "int8-group", "exact"):
+            same = torch.equal(matrix.multiply(x, None, mode), x @ w.T)
+            yield f"CPU kernels ({level}), {codec}, {mode}, {tokens} tokens: exact", same
