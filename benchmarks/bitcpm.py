@@ -65,9 +65,10 @@ class Ours:
 def gate(packed: PackedTensor, x: Tensor, theirs: ggml_peer.Products | None) -> Callable:
     """Refuses a result, ours or ggml's, that is off by more than int8 activations explain."""
     truth = x.double() @ packed.dequantise(torch.float64).T
-    # Each activation is off by at most half of max / 127: a random walk over the non-zero weights.
+    # Each activation is off by at most half of max / 127: a random walk over the non-zero weights,
+    # whose standard deviation is a ninth of what is allowed.
     step = x.abs().amax(1, keepdim=True).double() / 127
-    allowed = 0.5 * step * (2 / 3 * packed.shape[1]) ** 0.5 * 3
+    allowed = 0.5 * step * (2 / 3 * packed.shape[1]) ** 0.5 * 5
 
     def check(ours: Tensor, _: object) -> None:
         results = [ours.double()]
