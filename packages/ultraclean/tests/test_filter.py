@@ -129,7 +129,7 @@ def test_compressed_input_gives_the_same(
 def test_killed_anywhere_it_ends_byte_for_byte_the_same(
     classifier: Classifier, prose: list[str], shuffled: list[str], tmp_path: Path
 ) -> None:
-    records = [{"text": t, "n": i} for i, t in enumerate((prose + shuffled) * 6)]
+    records = [{"text": t, "n": i} for i, t in enumerate((prose + shuffled) * 12)]
     path = write(tmp_path / "in.jsonl", records)
     filter_corpus([path], tmp_path / "whole", classifier, drop_duplicates=True)
     program = textwrap.dedent(f"""
