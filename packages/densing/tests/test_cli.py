@@ -197,7 +197,27 @@ def test_loss_of_a_model_folder(tmp_path: Path) -> None:
     assert json.loads(again.stdout.splitlines()[-1]) == values
     done = densing("loss", tmp_path, pairs, code=2)
     assert "is no transformers folder" in done.stderr
+    for module, message in (("json", "has no register()"), ("nonsense_", "No module named")):
+        done = densing("loss", folder, pairs, "--register", module, code=2)
+        assert message in done.stderr
     assert torch.__version__
+
+
+def test_loss_of_an_architecture_that_a_module_brings(tmp_path: Path) -> None:
+    home = pytest.importorskip("minicpm4")
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(testbed.smollm2_path())
+    config = home.MiniCPM4Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, dim_model_base=16,
+    )  # fmt: skip
+    home.MiniCPM4ForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "2 + 2 =", "answer": " 4"}\n')
+    done = densing("loss", tmp_path, pairs, "--register", "minicpm4", "--json")
+    assert json.loads(done.stdout.splitlines()[-1])["items"] == 1
 
 
 @pytest.mark.parametrize(

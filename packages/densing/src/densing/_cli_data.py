@@ -113,13 +113,22 @@ def loss(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    register: Annotated[
+        str | None,
+        typer.Option(
+            help="Python module whose register() tells transformers of the model's architecture, "
+            "such as minicpm4."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Conditional loss of a model: nats per token and per byte of the answers alone."""
     from densing import commands
 
     with _progress("measuring") as progress:
-        found = commands.loss(model, pairs, out, batch_size, max_length, dtype, device, progress)
+        found = commands.loss(
+            model, pairs, out, batch_size, max_length, dtype, device, register, progress
+        )
     print(f"{found.per_byte:.4f} nats per byte, {found.per_token:.4f} nats per token")
     print(
         f"{found.items} answers, {found.tokens} tokens, {found.nats:.2f} nats in all; "

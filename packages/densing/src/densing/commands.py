@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -191,9 +192,10 @@ def loss(
     max_length: int | None,
     dtype: str,
     device: str,
+    register: str | None,
     progress: Callable[[int, int], None],
 ) -> ConditionalLoss:
-    """Load a transformers folder and measure it."""
+    """Load a transformers folder, whose architecture `register` may bring, and measure it."""
     from densing.conditional_loss import measure_conditional_loss
     from densing.pairs import read_pairs
 
@@ -210,6 +212,13 @@ def loss(
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
         raise ValueError(f"--dtype {dtype!r}: expected one of {', '.join(kinds)}")
+    if register is not None:
+        try:
+            importlib.import_module(register).register()
+        except ImportError as error:
+            raise ImportError(f"--register {register}: {error}; install it") from error
+        except AttributeError:
+            raise ValueError(f"--register {register}: the module has no register()") from None
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
     net = transformers.AutoModelForCausalLM.from_pretrained(
         model, dtype=kinds[dtype], local_files_only=True
