@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cpmcu import threads
 from cpmcu.results import Clock, Generation, Stats, peak_memory
 from cpmcu.sampling import Sampling, sample
 from cpmcu.stopping import StopStrings
@@ -100,6 +101,17 @@ class Running:
         words = self.engine.tokenizer
         return token in self.engine.spec.eos or (words is not None and token in words.eos)
 
+    def _drawn(self, logits: Tensor, generator: torch.Generator) -> int:
+        engine, request = self.engine, self.request
+        # max propagates NaN, and +inf is its own maximum
+        if not bool(logits.max().isfinite()):
+            raise ValueError(
+                f"the logits at position {len(engine.tokens) - 1} are not finite: the "
+                f"weights are damaged, or overflow in {engine.dtype} (try dtype='float32')"
+            )
+        previous = [*request.ids, *self._new] if request.how.repetition_penalty != 1 else ()
+        return sample(logits, request.how, previous, generator)
+
     def _draw(self, logits: Tensor) -> Iterator[int]:
         """New tokens, until the caller stops or the length or the context is used up."""
         engine, request = self.engine, self.request
@@ -115,14 +127,10 @@ class Running:
                 if self._new:
                     logits = engine.decode(self._new[-1])
                     expected += 1
-                # max propagates NaN, and +inf is its own maximum
-                if not bool(logits.max().isfinite()):
-                    raise ValueError(
-                        f"the logits at position {len(engine.tokens) - 1} are not finite: the "
-                        f"weights are damaged, or overflow in {engine.dtype} (try dtype='float32')"
-                    )
-                previous = [*request.ids, *self._new] if request.how.repetition_penalty != 1 else ()
-                self._new.append(sample(logits, request.how, previous, generator))
+                # On one thread: PyTorch's others would spin for a while after it, in the way of
+                # the engine's own.
+                with threads.using(1):
+                    self._new.append(self._drawn(logits, generator))
             yield self._new[-1]
             if len(engine.tokens) >= engine.max_context:
                 return
