@@ -28,7 +28,7 @@ COPIES = {
     "native/cpu_level.hpp": NATIVE,
     "native/formats.hpp": ATTENTION,
     "native/lanes.hpp": ATTENTION,
-    "native/parallel.hpp": NATIVE,
+    "native/parallel.hpp": ["infllm2", "bitcpm"],
     "native/rows.hpp": ATTENTION,
 }
 

@@ -43,8 +43,6 @@ int32_t bitcpm_parallel(ParallelFor pool, Operation operation, const void *args,
     return run_on(pool, operation, args, nth);
 }
 
-int32_t bitcpm_steps(ParallelFor pool, const Step *steps, int32_t count) { return run_steps(pool, steps, count); }
-
 int64_t bitcpm_weight_bytes(const bitcpm_shape *s) { return bitcpm::blocks_of(*s) * bitcpm::block_bytes(*s); }
 int64_t bitcpm_prepared_bytes(const bitcpm_shape *s, int64_t tokens, int32_t mode) {
     return bitcpm::Prepared(*s, tokens, mode).bytes;

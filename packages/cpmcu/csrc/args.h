@@ -37,15 +37,15 @@ typedef struct {
 } cpmcu_matrix;
 
 // What a matrix is multiplied by: T rows of `cols` numbers, in blocks of 12 tokens (one token alone: a block of 1).
-// Within a block of W: floats [cols][W], bfloat16 [cols / 2][W][2], int8 [cols / 4][W][4]. For integers `scales`
-// [block][cols / group / span][W], one for `span` groups of the matrix, and `offsets` [block][cols / group][W]: minus
-// the matrix's zero point times the sum of the group.
+// Within a block of W: floats [cols][W], bfloat16 [cols / 2][W][2], int8 [cols / 4][W][4]. For integers, with the
+// groups of the matrix, `scales` [block][cols / group][W] and `offsets` likewise: minus the matrix's zero point times the
+// sum of the group.
 typedef struct {
     void *data;
     float *scales;
     int32_t *offsets;
     int64_t cols;
-    int32_t kind, group, span, unused;
+    int32_t kind, group;
 } cpmcu_packed;
 
 // x [T, h] = scale * rows of the table.
@@ -114,14 +114,12 @@ typedef struct {
 } cpmcu_attend_args;
 
 // Quantises rows [rows, cols] of floats or bfloat16 to one of the layouts above; integers by the largest magnitude of
-// a group, each value to the nearest step. Or, with `codes`, lays out what is quantised already: int8 [rows, cols] with
-// float16 scales [rows, cols / group].
+// a group, each value to the nearest step.
 typedef struct {
     const void *from;
-    const uint16_t *given_scales;
     int64_t row;  // stride
     cpmcu_matrix to;
-    int32_t dtype, codes;
+    int32_t dtype, unused;
 } cpmcu_lay_out_args;
 
 int32_t cpmcu_embed(const cpmcu_embed_args *, int32_t ith, int32_t nth);

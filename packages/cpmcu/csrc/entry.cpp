@@ -1,7 +1,6 @@
 // The C interface: picks the level once and hands on. The only file compiled for any processor.
 #include "cpu_level.hpp"
 #include "multiply.hpp"
-#include "parallel.hpp"
 #include "pool.hpp"
 #include "tokens.hpp"
 
@@ -44,11 +43,6 @@ const char *cpmcu_level_name(int32_t level) { return level_name(level); }
 
 EACH(DECLARE)
 EACH(ENTRY)
-
-int32_t cpmcu_parallel(ParallelFor pool, Operation operation, const void *args, int32_t nth) {
-    return run_on(pool, operation, args, nth);
-}
-int32_t cpmcu_steps(ParallelFor pool, const Step *steps, int32_t count) { return run_steps(pool, steps, count); }
 
 int64_t cpmcu_matrix_bytes(const cpmcu_matrix *m) { return panels_of(*m) * panel_bytes(*m); }
 int64_t cpmcu_multiply_work(const cpmcu_matrix *m) { return round_up(multiply_work(*m), 64); }

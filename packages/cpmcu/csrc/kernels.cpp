@@ -9,22 +9,6 @@ namespace native {
 inline namespace NATIVE_LEVEL {
 namespace {
 
-#if defined(__AVX512F__)
-using Wide = Zmm;
-using Narrow = Ymm;
-#elif defined(__AVX2__)
-using Wide = Ymm;
-using Narrow = Ymm;
-#else
-using Wide = Plain<8>;
-using Narrow = Plain<8>;
-#endif
-#if defined(__AVX512BF16__)
-template <class V> using Bf16 = Bf16Pairs<V>;
-#else
-template <class V> using Bf16 = Bf16Widened<V>;
-#endif
-
 int32_t attend_step(const cpmcu_attend_args *base, int32_t ith, int32_t nth, bool merging) {
     const native_attend_args a = attention_of(*base, nth);
     if (merging && a.splits == 1) return 0;

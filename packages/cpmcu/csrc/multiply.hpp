@@ -2,8 +2,7 @@
 // that a token's result does not depend on how many others came with it.
 //
 // Integers: weights are unsigned bytes, activations signed ones; a group's sum is exact in 32 bits and starts from minus
-// the zero point times the activations' sum. It is scaled by the weights' factor, and `span` groups together by the
-// activations'.
+// the zero point times the activations' sum. It is then scaled by the product of both factors.
 #pragma once
 #include "args.h"
 #include "panel.hpp"
@@ -32,53 +31,45 @@ inline void widen_panel(const uint8_t *from, int64_t cols, uint8_t *to) {
 // NIBBLES: two columns in a byte, as int4 is stored. Scales of the panels lie `scales_apart` from each other.
 template <int N, int W, int R, bool NIBBLES>
 inline void integer_panels(const uint8_t *w, ptrdiff_t apart, const uint16_t *scales, ptrdiff_t scales_apart, const int8_t *a,
-                           const float *a_scales, const int32_t *offsets, int64_t groups, int group, int span, float *out) {
+                           const float *a_scales, const int32_t *offsets, int64_t groups, int group, float *out) {
     using P = Panel;
-    for (int64_t g = 0; g < groups; g += span) {
-        typename P::F part[R][N];
+    typename P::F total[R][N];
 #pragma GCC unroll 2
-        for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 12
-            for (int t = 0; t < N; ++t) part[r][t] = P::zero();
-        for (int s = 0; s < span; ++s) {
-            typename P::I acc[R][N];
+        for (int t = 0; t < N; ++t) total[r][t] = P::zero();
+    for (int64_t g = 0; g < groups; ++g, a_scales += W, offsets += W) {
+        typename P::I acc[R][N];
 #pragma GCC unroll 12
-            for (int t = 0; t < N; ++t) {
-                const auto start = P::unit(offsets + (g + s) * W + t);
+        for (int t = 0; t < N; ++t) {
+            const auto start = P::unit(offsets + t);
 #pragma GCC unroll 2
-                for (int r = 0; r < R; ++r) acc[r][t] = start;
-            }
-            for (int k = 0; k < group; k += NIBBLES ? 8 : 4, w += 64) {
-                typename P::I bytes[R];
-#pragma GCC unroll 2
-                for (int r = 0; r < R; ++r) bytes[r] = P::bytes(w + r * apart);
-#pragma GCC unroll 2
-                for (int half = 0; half < (NIBBLES ? 2 : 1); ++half, a += W * 4)
-#pragma GCC unroll 12
-                    for (int t = 0; t < N; ++t) {
-                        const auto four = P::unit(a + t * 4);
-#pragma GCC unroll 2
-                        for (int r = 0; r < R; ++r)
-                            acc[r][t] = P::dot(acc[r][t], !NIBBLES ? bytes[r] : half ? P::high(bytes[r]) : P::low(bytes[r]), four);
-                    }
-            }
-#pragma GCC unroll 2
-            for (int r = 0; r < R; ++r) {
-                const auto scale = P::halves(scales + r * scales_apart + (g + s) * ROWS);
-#pragma GCC unroll 12
-                for (int t = 0; t < N; ++t) part[r][t] = P::fma(P::to_float(acc[r][t]), scale, part[r][t]);
-            }
+            for (int r = 0; r < R; ++r) acc[r][t] = start;
         }
-        // The running sums rest in memory, where they leave registers free.
-        const float *factor = a_scales + g / span * W;
+        for (int k = 0; k < group; k += NIBBLES ? 8 : 4, w += 64) {
+            typename P::I bytes[R];
 #pragma GCC unroll 2
-        for (int r = 0; r < R; ++r)
+            for (int r = 0; r < R; ++r) bytes[r] = P::bytes(w + r * apart);
+#pragma GCC unroll 2
+            for (int half = 0; half < (NIBBLES ? 2 : 1); ++half, a += W * 4)
 #pragma GCC unroll 12
-            for (int t = 0; t < N; ++t) {
-                float *total = out + (r * N + t) * ROWS;
-                P::store(total, P::fma(part[r][t], P::set(factor[t]), g ? P::load(total) : P::zero()));
-            }
+                for (int t = 0; t < N; ++t) {
+                    const auto four = P::unit(a + t * 4);
+#pragma GCC unroll 2
+                    for (int r = 0; r < R; ++r) acc[r][t] = P::dot(acc[r][t], !NIBBLES ? bytes[r] : half ? P::high(bytes[r]) : P::low(bytes[r]), four);
+                }
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+            const auto scale = P::halves(scales + r * scales_apart + g * ROWS);
+#pragma GCC unroll 12
+            for (int t = 0; t < N; ++t) total[r][t] = P::fma(P::to_float(acc[r][t]), P::mul(scale, P::set(a_scales[t])), total[r][t]);
+        }
     }
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 12
+        for (int t = 0; t < N; ++t) P::store(out + (r * N + t) * ROWS, total[r][t]);
 }
 
 template <int N, int W, int R> inline void pair_panels(const uint8_t *w, ptrdiff_t apart, const char *a, int64_t cols, float *out) {
@@ -155,8 +146,8 @@ struct Product {
         } else {
             const int64_t groups = m.cols / m.group;
             integer_panels<N, W, R, NIBBLES>(w, NIBBLES ? apart : ROWS * m.cols, m.scales + p * groups * ROWS, groups * ROWS,
-                                             reinterpret_cast<const int8_t *>(rows), a.from.scales + block * (groups / a.from.span) + t0,
-                                             a.from.offsets + block * groups + t0, groups, m.group, a.from.span, out);
+                                             reinterpret_cast<const int8_t *>(rows), a.from.scales + block * groups + t0,
+                                             a.from.offsets + block * groups + t0, groups, m.group, out);
         }
         for (int r = 0; r < R; ++r) {
             const int64_t row = (p + r) * ROWS, here = m.rows - row < ROWS ? m.rows - row : ROWS;

@@ -1,14 +1,15 @@
 // Rows of floats as a matrix wants them, in blocks of 12 tokens; and what happens to them on the way: normalisation,
 // gating.
 #pragma once
+#include "formats.hpp"
 #include "multiply.hpp"
 
 namespace native {
 inline namespace NATIVE_LEVEL {
 
-constexpr int SPAN_COLUMNS = 512;  // at most, that share a factor: `span` groups
+constexpr int MOST_GROUP = 512;  // columns that share a factor
 
-// Row t of a block of W, from floats [cols]; SPAN_COLUMNS of them at a time.
+// Row t of a block of W, from floats [cols].
 inline void place(const cpmcu_packed &to, int64_t block, int W, int t, const float *x) {
     const int64_t cols = to.cols, at = block * TOKENS;
     char *rows = static_cast<char *>(to.data) + at * bytes_of_rows(to.kind, cols);
@@ -22,15 +23,15 @@ inline void place(const cpmcu_packed &to, int64_t block, int W, int t, const flo
         for (int64_t k = 0; k < cols; ++k) from_float(x[k], out + k / 2 * W * 2 + k % 2);
         return;
     }
-    const int64_t groups = cols / to.group, width = int64_t(to.group) * to.span;
-    const int32_t zero = to.kind == CPMCU_INT8 ? 128 : 8;
     using P = Panel;
-    alignas(64) int8_t q[SPAN_COLUMNS];
-    for (int64_t begin = 0, g = 0; begin < cols; begin += width) {
-        const float *from = x + begin;
+    const int64_t groups = cols / to.group;
+    const int32_t zero = to.kind == CPMCU_INT8 ? 128 : 8;
+    alignas(64) int8_t q[MOST_GROUP];
+    for (int64_t g = 0; g < groups; ++g) {
+        const float *from = x + g * to.group;
         auto most = P::zero();
         bool odd = false;
-        for (int64_t i = 0; i < width; i += ROWS) {
+        for (int i = 0; i < to.group; i += ROWS) {
             const auto value = P::load(from + i);
             most = P::max(P::abs(value), most);
             odd |= P::any_nan(value);
@@ -39,17 +40,16 @@ inline void place(const cpmcu_packed &to, int64_t block, int W, int t, const flo
         const float top = P::most(most);
         odd |= !(top < INFINITY);
         const auto inverse = P::set(top > 0.f && !odd ? 127.f / top : 0.f);
-        to.scales[at * (groups / to.span) + begin / width * W + t] = odd ? NAN : top / 127.f;
-        for (int s = 0; s < to.span; ++s, ++g) {
-            int32_t sum = 0;
-            for (int i = s * to.group; i < (s + 1) * to.group; i += ROWS) {
-                const auto code = odd ? P::round(P::zero()) : P::round(P::mul(P::load(from + i), inverse));
-                P::store_bytes(q + i, code);
-                sum += P::sum(code);
-            }
-            to.offsets[at * groups + g * W + t] = -zero * sum;
+        int32_t sum = 0;
+        for (int i = 0; i < to.group; i += ROWS) {
+            const auto code = odd ? P::round(P::zero()) : P::round(P::mul(P::load(from + i), inverse));
+            P::store_bytes(q + i, code);
+            sum += P::sum(code);
         }
-        for (int64_t k = 0; k < width; k += 4) std::memcpy(rows + ((begin + k) / 4 * W + t) * 4, q + k, 4);
+        const int64_t slot = at * groups + g * W + t;
+        to.scales[slot] = odd ? NAN : top / 127.f;
+        to.offsets[slot] = -zero * sum;
+        for (int k = 0; k < to.group; k += 4) std::memcpy(rows + ((g * to.group + k) / 4 * W + t) * 4, q + k, 4);
     }
 }
 
@@ -98,16 +98,9 @@ inline int32_t pack(const cpmcu_pack_args &a, int32_t ith, int32_t nth) {
     return 0;
 }
 
-#if defined(__AVX512F__)
-using Lanes = Zmm;
-#elif defined(__AVX2__)
-using Lanes = Ymm;
-#else
-using Lanes = Plain<8>;
-#endif
-
 // silu(gate) * up.
 inline void gated(const float *gate, const float *up, int64_t n, float *y) {
+    using Lanes = Wide;
     constexpr int L = Lanes::L;
     int64_t i = 0;
     const auto minus_log2e = Lanes::set(-LOG2E), one = Lanes::set(1.f);
@@ -200,7 +193,7 @@ inline int32_t lay_out(const cpmcu_lay_out_args &a, int32_t ith, int32_t nth) {
         for (int lane = 0; lane < ROWS; ++lane) {
             const int64_t r = p * ROWS + lane;
             const bool real = r < m.rows;
-            if (!real || a.codes)
+            if (!real)
                 std::memset(x, 0, sizeof(float) * m.cols);
             else
                 a.dtype ? read_row(static_cast<const bf16 *>(a.from) + r * a.row, m.cols, x) : read_row(static_cast<const float *>(a.from) + r * a.row, m.cols, x);
@@ -212,13 +205,7 @@ inline int32_t lay_out(const cpmcu_lay_out_args &a, int32_t ith, int32_t nth) {
                 for (int64_t k = 0; k < m.cols; ++k) from_float(x[k], reinterpret_cast<bf16 *>(panel) + (k / 2 * ROWS + lane) * 2 + k % 2);
                 continue;
             }
-            if (a.codes && real) {
-                const int8_t *given = static_cast<const int8_t *>(a.from) + r * a.row;
-                for (int64_t k = 0; k < m.cols; ++k) codes[k] = uint8_t(given[k] + (m.kind == CPMCU_INT8 ? 128 : 8));
-                std::memcpy(scales, a.given_scales + r * groups, sizeof(uint16_t) * groups);
-            } else {
-                quantise_row(x, m, codes, scales);
-            }
+            quantise_row(x, m, codes, scales);
             uint8_t *bytes = reinterpret_cast<uint8_t *>(panel);
             for (int64_t k = 0; k < m.cols; ++k) {
                 if (m.kind == CPMCU_INT8) {

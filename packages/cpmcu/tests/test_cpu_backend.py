@@ -51,14 +51,13 @@ def product(matrix, x, pool, *, bias=None, out=None, alpha=1.0):
     integers = m.kind in (c.INT8, c.INT4)
     blocks = -(-tokens // 12) * 12
     groups = m.cols // m.group if integers else 0
-    span = max(s for s in (1, 2, 3, 4) if groups % s == 0) if integers else 1
     data = torch.zeros(blocks * m.cols * 4, dtype=torch.uint8)
     scales, offsets = (
         torch.zeros(blocks * max(1, groups)),
         torch.zeros(blocks * max(1, groups)).int(),
     )
     packed = c.Packed(
-        data.data_ptr(), scales.data_ptr(), offsets.data_ptr(), m.cols, m.kind, m.group, span, 0
+        data.data_ptr(), scales.data_ptr(), offsets.data_ptr(), m.cols, m.kind, m.group
     )
     step, ones = step_of(tokens), torch.ones(m.cols)
     at = ctypes.addressof(step)
@@ -80,8 +79,7 @@ def activations(x, quant, cols):
         return x.double()
     if quant == "bfloat16":
         return x.bfloat16().double()
-    span = max(s for s in (1, 2, 3, 4) if cols // 32 % s == 0)
-    parts = x.unflatten(1, (-1, 32 * span))
+    parts = x.unflatten(1, (-1, 32))
     scale = parts.abs().amax(2, keepdim=True) / 127
     codes = torch.where(scale == 0, 0.0, parts / scale).round()
     return (codes.double() * scale.double()).flatten(1)
@@ -195,7 +193,7 @@ def test_pools_sleep_and_end():
 def test_an_error_of_an_operation_is_raised(pool):
     with pytest.raises(RuntimeError, match="an operation failed with code 1"):
         matrix = c.Matrix(None, None, 16, 32, 9, 32)
-        pool.run(c.Records([("lay_out", c.LayOutArgs(None, None, 32, matrix, 0, 0))]))
+        pool.run(c.Records([("lay_out", c.LayOutArgs(None, 32, matrix, 0, 0))]))
 
 
 def test_columns_that_do_not_fit_are_refused(tiny_folder, pool):

@@ -10,22 +10,6 @@ namespace native {
 inline namespace NATIVE_LEVEL {
 namespace {
 
-#if defined(__AVX512F__)
-using Wide = Zmm;
-using Narrow = Ymm;
-#elif defined(__AVX2__)
-using Wide = Ymm;
-using Narrow = Ymm;
-#else
-using Wide = Plain<8>;
-using Narrow = Plain<8>;
-#endif
-#if defined(__AVX512BF16__)
-template <class V> using Bf16 = Bf16Pairs<V>;
-#else
-template <class V> using Bf16 = Bf16Widened<V>;
-#endif
-
 // Few rows leave half of a wide vector idle, and then the narrow one takes half the time: all come in both.
 template <class Run> int32_t dispatch(const infllm2_shape &s, int64_t tile, Run run) {
     if (tile < 1 || tile > MOST_TOKENS || (tile > 1 && tile * s.group > MOST_ROWS)) return 2;

@@ -36,12 +36,6 @@ def load(name: str, folder: Path) -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(found[0]))
     except OSError as error:
         return None, f"{found[0].name} does not load: {error}"
-    parallel = getattr(library, f"{name}_parallel")
-    parallel.restype = ctypes.c_int32
-    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32]
-    steps = getattr(library, f"{name}_steps")
-    steps.restype = ctypes.c_int32
-    steps.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32]
     return library, ""
 
 
@@ -60,6 +54,8 @@ class Operation:
     def __init__(self, library: ctypes.CDLL, tool: str, name: str) -> None:
         self.name = f"{tool}_{name}"
         self._parallel = getattr(library, f"{tool}_parallel")
+        self._parallel.restype = ctypes.c_int32
+        self._parallel.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int32]
         self.address = ctypes.cast(getattr(library, self.name), ctypes.c_void_p)
 
     def __call__(self, arguments: ctypes.Structure, threads: int) -> None:
@@ -103,6 +99,8 @@ class Steps:
         self._names = ", ".join(operation.name for operation, _, _ in steps)
         self._kept = steps  # the structures must live as long as their addresses
         self._run = getattr(library, f"{tool}_steps")
+        self._run.restype = ctypes.c_int32
+        self._run.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int32]
         self._steps = (_Step * len(steps))(
             *(_Step(o.address, ctypes.addressof(a), n, 0) for o, a, n in steps)
         )

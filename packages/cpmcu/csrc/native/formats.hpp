@@ -146,6 +146,23 @@ template <class V> struct Bf16Pairs {
 };
 #endif
 
+// What a level computes with: its widest vector, a narrower one for few rows, and its way with bfloat16.
+#if defined(__AVX512F__)
+using Wide = Zmm;
+using Narrow = Ymm;
+#elif defined(__AVX2__)
+using Wide = Ymm;
+using Narrow = Ymm;
+#else
+using Wide = Plain<8>;
+using Narrow = Plain<8>;
+#endif
+#if defined(__AVX512BF16__)
+template <class V> using Bf16 = Bf16Pairs<V>;
+#else
+template <class V> using Bf16 = Bf16Widened<V>;
+#endif
+
 // Columns a known distance apart cost no address arithmetic: the usual head sizes have their own copy. The rows of
 // the G lane groups lie `apart` floats from each other.
 template <class Format, int G, class Aside = Nothing>

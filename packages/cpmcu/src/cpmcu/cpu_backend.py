@@ -6,6 +6,7 @@ all arguments point to, so no Python runs inside of a token.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from cpmcu.spec import ModelSpec
 
 _BLOCK = 12  # tokens of a block of packed rows
 _MOST_COLUMNS, _MOST_HEAD = 1 << 15, 2048  # what a thread's stack holds
-_SPAN = 1  # groups of 32 columns that share an activation scale, at most: 4 cost 0.5 % perplexity
 
 
 def is_supported(spec: ModelSpec, dtype: torch.dtype) -> tuple[bool, str]:
@@ -52,14 +52,13 @@ class Decoder:
     def __init__(
         self, spec: ModelSpec, weights: PackedWeights, dtype: torch.dtype, pool: c.Pool, chunk: int
     ) -> None:
-        library, reason = c.kernels()
-        assert library is not None, reason
-        self._library, self.spec, self.weights = library, spec, weights
+        self._library, self.spec, self.weights = c.loaded(), spec, weights
         self.dtype, self.pool, self.chunk = dtype, pool, chunk
         self._rope = RopeTable(spec.rope, spec.head_dim, torch.float32)
         self._kept: list[Any] = []  # tensors that arguments point into
         self._step = c.Step()
-        self._at = c.ctypes.addressof(self._step)
+        self._at = ctypes.addressof(self._step)
+        self._packs: dict[tuple[int, int], Any] = {}
         self._x = self._floats(spec.hidden)
         self._qkv = self._floats(spec.qkv_rows)
         self._gate_up = self._floats(2 * spec.ffn)
@@ -68,7 +67,7 @@ class Decoder:
         )
         matrices = [m for x in weights.layers for m in (x.qkv, x.output, x.gate_up, x.down)]
         self._work_size = max(
-            library.multiply_work(c.ctypes.byref(m.struct)) for m in (*matrices, weights.head)
+            self._library.size("multiply_work", m.struct) for m in (*matrices, weights.head)
         )
         self._work = self._room(pool.threads, self._work_size, torch.uint8)
         self._attention = self._shared_attention()
@@ -135,19 +134,15 @@ class Decoder:
         """
         m = reader.struct
         key = m.cols, m.kind
-        if not hasattr(self, "_packs"):
-            self._packs: dict[tuple[int, int], Any] = {}
         if key not in self._packs:
             tokens, integers = -(-self.chunk // _BLOCK) * _BLOCK, m.kind in (c.INT8, c.INT4)
             groups = m.cols // m.group if integers else 0
-            span = max(s for s in range(1, _SPAN + 1) if groups % s == 0) if integers else 1
             size = {c.FLOAT32: 4, c.BFLOAT16: 2}.get(m.kind, 1)
             data = self._room(tokens, m.cols * size, torch.uint8)
-            scales = self._room(tokens, groups // span, torch.float32)
+            scales = self._room(tokens, groups, torch.float32)
             offsets = self._room(tokens, groups, torch.int32)
             self._packs[key] = c.Packed(
-                data.data_ptr(), scales.data_ptr(), offsets.data_ptr(), m.cols, m.kind, m.group,
-                span, 0,
+                data.data_ptr(), scales.data_ptr(), offsets.data_ptr(), m.cols, m.kind, m.group
             )  # fmt: skip
         return self._packs[key]
 
@@ -155,9 +150,9 @@ class Decoder:
         spec = self.spec
         D, K = spec.head_dim, spec.kv_heads
         shape = c.Shape(1, K, spec.heads // K, 1, spec.max_context, D, c.DTYPES[self.dtype], 0)
-        size = self._library.attend_work(c.ctypes.byref(shape))
+        size = self._library.size("attend_work", shape)
         work = self._room(self.pool.threads, size, torch.uint8)
-        partial = self._room(1, self._library.partial_floats(c.ctypes.byref(shape)), torch.float32)
+        partial = self._room(1, self._library.size("partial_floats", shape), torch.float32)
         return c.NativeAttend(
             shape, c.TensorView(self._q.data_ptr()), c.TensorView(None, 0, 0, D),
             c.TensorView(None, 0, 0, D), None, 0, self._out.data_ptr(), None, work.data_ptr(), size,

@@ -61,7 +61,7 @@ Packed = _structure(
     "Packed",
     _fields(c_void_p, "data scales offsets"),
     [("cols", c_int64)],
-    _fields(c_int32, "kind group span unused"),
+    _fields(c_int32, "kind group"),
 )
 EmbedArgs = _structure(
     "EmbedArgs",
@@ -94,8 +94,7 @@ RotateArgs = _structure(
 AttendArgs = _structure("AttendArgs", [("step", c_void_p), ("attend", NativeAttend)])
 LayOutArgs = _structure(
     "LayOutArgs",
-    _fields(c_void_p, "source given_scales"),
-    [("row", c_int64), ("to", Matrix), *_fields(c_int32, "dtype codes")],
+    [("source", c_void_p), ("row", c_int64), ("to", Matrix), *_fields(c_int32, "dtype unused")],
 )
 Record = _structure("Record", _fields(c_void_p, "operation args"))
 
@@ -115,15 +114,19 @@ class Kernels:
             for name in OPERATIONS
         }
         for name in ("matrix_bytes", "multiply_work", "attend_work", "partial_floats"):
-            function = getattr(library, f"cpmcu_{name}")
-            function.restype, function.argtypes = c_int64, [c_void_p]
-            setattr(self, name, function)
+            getattr(library, f"cpmcu_{name}").restype = c_int64
         library.cpmcu_level_name.restype = c_char_p
         self.level = library.cpmcu_level_name(library.cpmcu_level()).decode()
         library.cpmcu_pool.restype, library.cpmcu_pool.argtypes = c_void_p, [c_int32]
         library.cpmcu_free_pool.restype, library.cpmcu_free_pool.argtypes = None, [c_void_p]
         library.cpmcu_run.restype = c_int32
         library.cpmcu_run.argtypes = [c_void_p, c_void_p, c_int32]
+
+    def size(self, name: str, struct: Structure) -> int:
+        """A size that the library computes: "matrix_bytes", "multiply_work", "attend_work" (bytes,
+        a thread) or "partial_floats", from the structure it wants.
+        """
+        return getattr(self._library, f"cpmcu_{name}")(ctypes.byref(struct))
 
 
 class Pool:
@@ -134,12 +137,11 @@ class Pool:
 
     Raises:
         RuntimeError: the system has no more threads to give.
+        ValueError: there are no kernels.
     """
 
     def __init__(self, threads: int) -> None:
-        library, reason = kernels()
-        assert library is not None, reason
-        self.threads, self._library = threads, library._library
+        self.threads, self._library = threads, loaded()._library
         self._pool = self._library.cpmcu_pool(threads)
         if not self._pool:
             raise RuntimeError(f"the system gives no {threads} threads: ask for fewer")
@@ -171,8 +173,7 @@ class Records:
     """A list of (operation, arguments) for `Pool.run`; keeps the arguments alive."""
 
     def __init__(self, steps: Sequence[tuple[str, Structure]]) -> None:
-        library, reason = kernels()
-        assert library is not None, reason
+        library = loaded()
         self.steps = list(steps)
         self._array = (Record * len(steps))(
             *(Record(library.operations[name], ctypes.addressof(args)) for name, args in steps)
@@ -188,6 +189,18 @@ def kernels() -> tuple[Kernels | None, str]:
         return None, f"CPMCU_CPU_LEVEL must be one of {', '.join(LEVELS)}, got {wanted!r}"
     library, reason = _native.load("cpmcu", Path(__file__).parent)
     return (None, reason) if library is None else (Kernels(library), "")
+
+
+def loaded() -> Kernels:
+    """The kernels.
+
+    Raises:
+        ValueError: there are none, and why.
+    """
+    library, reason = kernels()
+    if library is None:
+        raise ValueError(f"backend 'cpu' cannot run: {reason}")
+    return library
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -58,12 +58,10 @@ def pack(weight: Tensor, kind: int, pool: c.Pool) -> PackedMatrix:
     integers = kind in (c.INT8, c.INT4)
     panels = -(-rows // 16)
     matrix = c.Matrix(None, None, rows, cols, kind, GROUP if integers else 0)
-    library = c.kernels()[0]
-    assert library is not None
-    data = torch.empty(library.matrix_bytes(c.ctypes.byref(matrix)), dtype=torch.uint8)
+    data = torch.empty(c.loaded().size("matrix_bytes", matrix), dtype=torch.uint8)
     scales = torch.empty(panels * cols // GROUP * 16, dtype=torch.int16) if integers else None
     matrix.data, matrix.scales = data.data_ptr(), c.address(scales)
-    args = c.LayOutArgs(weight.data_ptr(), None, cols, matrix, c.DTYPES[weight.dtype], 0)
+    args = c.LayOutArgs(weight.data_ptr(), cols, matrix, c.DTYPES[weight.dtype], 0)
     pool.run(c.Records([("lay_out", args)]))
     return PackedMatrix(data, scales, matrix)
 

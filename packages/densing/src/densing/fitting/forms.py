@@ -9,6 +9,7 @@ large and small losses) and a score as it is.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ Pullback = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Form:
+class Form(ABC):
     """Base of all forms. A new law is a subclass with the seven members below.
 
     Attributes:
@@ -36,26 +37,26 @@ class Form:
     delta: ClassVar[float]
 
     @property
+    @abstractmethod
     def constants(self) -> dict[str, str]:
         """Constant -> unit, in the order of the coordinates."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def free(self) -> np.ndarray:
         """Uncertainty `[P]` of a coordinate from which on it counts as not identified."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_constants(self, theta: np.ndarray) -> np.ndarray:
         """Coordinates `[..., P]` to constants `[..., P]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_coordinates(self, constants: np.ndarray) -> np.ndarray:
         """Constants `[..., P]` to coordinates `[..., P]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def features(self, x: np.ndarray) -> np.ndarray:
         """What is computed once from the inputs `[K, n]` before fitting."""
-        raise NotImplementedError
 
     def target(self, y: np.ndarray) -> np.ndarray:
         """What is compared with the prediction."""
@@ -65,13 +66,13 @@ class Form:
         """The inverse of `target`."""
         return t
 
+    @abstractmethod
     def evaluate(self, theta: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, Pullback]:
         """Prediction `[S, n]` at coordinates `[S, P]` and features, and its pullback."""
-        raise NotImplementedError
 
+    @abstractmethod
     def starts(self, z: np.ndarray, t: np.ndarray) -> np.ndarray:
         """Grid of starting coordinates `[S, P]` for features `z` and targets `t`."""
-        raise NotImplementedError
 
     def problem(self, x: np.ndarray, y: np.ndarray) -> str | None:
         """Why these observations cannot be fitted, naming the first bad one; None if they can."""
