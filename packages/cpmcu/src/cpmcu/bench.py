@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from cpmcu import threads
 from cpmcu.engine import Engine
 
 
@@ -62,7 +63,9 @@ def run(
             logits = engine.prefill(ids)
             middle = time.perf_counter()
             for _ in range(new_tokens):
-                logits = engine.decode(int(logits.argmax()))
+                with threads.using(1):  # as `generate` draws: others would spin in the way
+                    token = int(logits.argmax())
+                logits = engine.decode(token)
             end = time.perf_counter()
             if repeat:  # the first run warms up
                 prefill.append(length / (middle - start))
