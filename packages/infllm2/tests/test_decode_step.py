@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -140,6 +141,24 @@ def test_other_inputs_take_the_long_way(taken: list[int]) -> None:
     assert cache.length == 215
     cache.reset()
     assert cache.step is None
+
+
+def test_copies_go_their_own_ways(taken: list[int]) -> None:
+    """One prompt, several answers."""
+    new, other = tokens(300), tokens(300)
+    cache = LayerCache(CONFIG)
+    for i in range(200):
+        infllmv2_attention(*last(new, i), CONFIG, cache=cache)
+    branch = copy.deepcopy(cache)
+    assert branch.step is None and cache.step is not None
+    for i in range(200, 300):
+        for x, held in ((new, cache), (other, branch)):
+            got = infllmv2_attention(*last(x, i), CONFIG, cache=held)
+            whole = infllmv2_attention(last(x, i)[0], held.keys, held.values, CONFIG)
+            assert torch.equal(got, whole)
+    assert torch.equal(cache.keys, new[1])
+    assert torch.equal(branch.keys[:, :, 200:], other[1][:, :, 200:])
+    assert len(taken) > 350
 
 
 def test_layers_of_a_sparse_cache_have_their_own(taken: list[int]) -> None:

@@ -42,6 +42,10 @@ class LayerCache:
         # By (rows, first token): kernels of left-padded rows are counted from their own start.
         self._kernels: dict[tuple[tuple[int, ...] | None, int], _Kernels] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own decoding step: this one points into our memory."""
+        return {**self.__dict__, "step": None}
+
     @property
     def keys(self) -> Tensor | None:
         """`[B, Hkv, length, D]`."""
