@@ -218,6 +218,32 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_holds_is_not(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "[a]*.json"  # a name that a pattern must not read as one
+    killed = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os, signal, sys; from testbed._files import atomic_path\n"
+            "with atomic_path(sys.argv[1]) as scratch:\n"
+            "    scratch.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)",
+            str(path),
+        ]
+    )
+    assert killed.returncode == -9
+    (left,) = tmp_path.iterdir()
+    with atomic_path(path) as outer:
+        assert not left.exists()
+        outer.write_text("outer")
+        with atomic_path(path) as inner:  # finds the outer one held, and leaves it alone
+            inner.write_text("inner")
+        assert path.read_text() == "inner"
+    assert path.read_text() == "outer"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.slow
 def test_damaged_folder_is_converted_again_by_one_of_two_processes(tmp_path: Path) -> None:
     folder = tmp_path / real_model.FOLDER_NAME

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -19,11 +21,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it over `path` if the block succeeds.
 
     The block may make a file or a folder there. A reader sees the old content or the new, never
-    a part of it; after an exception nothing is left behind. An existing folder is replaced.
+    a part of it; after an exception nothing is left behind, and what a killed process left is
+    removed by the next that writes the same path. An existing folder is replaced.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+    remove_abandoned(final)
+    scratch, lock = _locked_scratch(final)
     target = scratch / final.name
     try:
         yield target
@@ -39,6 +43,40 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _fsync(final.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+def remove_abandoned(path: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left of their writing of `path`; live ones are not touched."""
+    final = Path(path)
+    for scratch in final.parent.glob(f"{glob.escape(f'.{final.name}.')}*.partial"):
+        try:
+            lock = os.open(scratch, os.O_RDONLY)
+        except FileNotFoundError:  # its owner was just done
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(scratch, ignore_errors=True)
+        except BlockingIOError:  # its owner is alive
+            pass
+        finally:
+            os.close(lock)
+
+
+def _locked_scratch(final: Path) -> tuple[Path, int]:
+    """A new folder beside `final`, and the lock that says its owner lives: a kill ends the lock."""
+    while True:
+        scratch = Path(
+            tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent)
+        )
+        try:
+            lock = os.open(scratch, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if scratch.exists():  # nobody took it for abandoned before the lock was ours
+            return scratch, lock
+        os.close(lock)
 
 
 def _fsync(path: Path) -> None:

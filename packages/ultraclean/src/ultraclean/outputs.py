@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ultraclean._files import write_json
+from ultraclean._files import remove_abandoned, write_json
 from ultraclean.report import FilterReport
 
 STREAMS = ("kept", "rejected", "malformed")
@@ -75,6 +75,8 @@ def finished(folder: Path, job: Job) -> FilterReport | None:
             f"{folder} holds the result of another call ({_difference(other, job)}): choose "
             "another output folder, or replace it with resume=False (--restart)"
         )
+    for name in ("progress.json", "report.json"):  # a kill may have come just before the end
+        remove_abandoned(folder / name)
     (folder / "progress.json").unlink(missing_ok=True)
     return found
 
