@@ -7,7 +7,7 @@
 //
 // Letters: T new tokens, h hidden size, H query heads, K key-value heads, D head size, F feed-forward size.
 #pragma once
-#include "attend_args.h"
+#include "select_args.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -106,12 +106,21 @@ typedef struct {
     int32_t dtype;
 } cpmcu_rotate_args;
 
-// Dense causal attention of q over the cache. `attend.shape.queries`, `keys`, the strides of q and out, tile and splits
-// are made from the step; `partial` has room for cpmcu_partial_floats().
+// Causal attention of q over the cache: over all keys, or over the blocks that `select` chooses where the step's first
+// token sees `sparse_from` keys or more. `attend.shape.queries`, `keys`, the strides of q and out, tile and splits are made
+// from the step, and so is what both share; `partial` has room for cpmcu_partial_floats().
 typedef struct {
     const cpmcu_step *step;
     native_attend_args attend;
+    native_select_args select;  // its blocks: room for one token
+    int64_t sparse_from;        // INT64_MAX: never
 } cpmcu_attend_args;
+
+// Compressed keys of the kernels that the step completes.
+typedef struct {
+    const cpmcu_step *step;
+    native_compress_args compress;
+} cpmcu_compress_args;
 
 // Quantises rows [rows, cols] of floats or bfloat16 to one of the layouts above; integers by the largest magnitude of
 // a group, each value to the nearest step.
@@ -128,13 +137,16 @@ int32_t cpmcu_pack(const cpmcu_pack_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_swiglu(const cpmcu_swiglu_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_multiply(const cpmcu_multiply_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_rotate(const cpmcu_rotate_args *, int32_t ith, int32_t nth);
+int32_t cpmcu_compress(const cpmcu_compress_args *, int32_t ith, int32_t nth);
+int32_t cpmcu_select(const cpmcu_attend_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_attend(const cpmcu_attend_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_merge(const cpmcu_attend_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_lay_out(const cpmcu_lay_out_args *, int32_t ith, int32_t nth);
 
 int64_t cpmcu_matrix_bytes(const cpmcu_matrix *);  // of its data
 int64_t cpmcu_multiply_work(const cpmcu_matrix *); // bytes a thread
-int64_t cpmcu_attend_work(const native_shape *);   // bytes a thread
+int64_t cpmcu_attend_work(const native_attend_args *);  // bytes a thread
+int64_t cpmcu_select_work(const native_select_args *);  // bytes a thread
 int64_t cpmcu_partial_floats(const native_shape *);
 int32_t cpmcu_level(void);
 const char *cpmcu_level_name(int32_t);

@@ -257,7 +257,7 @@ def test_threads(tiny_folder, caplog):
     _, folder = tiny_folder("llama")
     before = torch.get_num_threads()
     engine = Engine.from_pretrained(folder, threads=100_000)
-    assert 1 <= engine.threads < 100_000 and "lowered to" in caplog.text
+    assert 1 <= engine.model.threads < 100_000 and "lowered to" in caplog.text
     engine.prefill([1, 2])
     assert torch.get_num_threads() == before
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
@@ -265,12 +265,12 @@ def test_threads(tiny_folder, caplog):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [("sparse", "on"), ("backend", "triton"), ("sparse", "auto")],
+    ("option", "value", "known"),
+    [("sparse", "yes", "'auto', 'on', 'off'"), ("backend", "triton", "'auto', 'cpu', 'reference'")],
 )
-def test_what_is_not_implemented_is_refused(tiny_folder, option, value):
+def test_unknown_options_are_refused(tiny_folder, option, value, known):
     _, folder = tiny_folder("llama")
-    with pytest.raises(ValueError, match=f"{option}='{value}' is not implemented yet"):
+    with pytest.raises(ValueError, match=f"{option} must be .*{known}.*, got '{value}'"):
         Engine.from_pretrained(folder, **{option: value})
 
 

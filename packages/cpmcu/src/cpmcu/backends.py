@@ -37,10 +37,12 @@ def choose(backend: str, quant: str, spec: ModelSpec, dtype: torch.dtype) -> str
     raise ValueError("; ".join(reasons))
 
 
-def decoder(backend: str, quant: str, spec: ModelSpec, weights: Weights, threads: int) -> Decoder:
+def decoder(
+    backend: str, quant: str, spec: ModelSpec, weights: Weights, threads: int, max_context: int
+) -> Decoder:
     """The decoder of a chosen backend; the native one lays the weights out and lets them go."""
     if backend == "reference":
         return reference.Decoder(spec, weights)
     dtype, pool = weights.embedding.dtype, cpu_library.Pool(threads)
     packed = pack_model(spec, weights, quant, pool)
-    return cpu_backend.Decoder(spec, packed, dtype, pool, plan.CHUNK)
+    return cpu_backend.Decoder(spec, packed, dtype, pool, plan.CHUNK, max_context)

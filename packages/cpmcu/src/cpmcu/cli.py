@@ -249,13 +249,13 @@ def bench(
             engine, lengths, new_tokens=new_tokens, repeats=repeats, progress=progress
         )
     kind = str(engine.dtype).removeprefix("torch.")
-    count = engine.threads or torch.get_num_threads()
+    used, count = engine.model, engine.model.threads or torch.get_num_threads()
     if as_json:
-        facts = {"model": model, "dtype": kind, "quant": engine.quant, "backend": engine.backend}
+        facts = {"model": model, "dtype": kind, "quant": used.quant, "backend": used.backend}
         print(json.dumps(facts | {"threads": count, "rows": [r.to_dict() for r in rows]}))
         return
     print_table(
-        f"{model}: {engine.quant} weights, {engine.backend}, {count} threads, median of {repeats}",
+        f"{model}: {used.quant} weights, {used.backend}, {count} threads, median of {repeats}",
         ("prompt tokens", "prefill tok/s", "decode tok/s"),
         [
             (

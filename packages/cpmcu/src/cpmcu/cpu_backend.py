@@ -16,6 +16,7 @@ from cpmcu import cpu_library as c
 from cpmcu.cache import KVCache
 from cpmcu.cpu_weights import PackedLayer, PackedMatrix, PackedWeights
 from cpmcu.rope import RopeTable
+from cpmcu.sparse import COARSE_FACTOR
 from cpmcu.spec import ModelSpec
 
 _BLOCK = 12  # tokens of a block of packed rows
@@ -47,13 +48,15 @@ class Decoder:
         dtype: of keys and values.
         pool: threads, this decoder's own.
         chunk: tokens of a call, at most.
+        max_context: tokens of a cache, at most.
     """
 
     def __init__(
-        self, spec: ModelSpec, weights: PackedWeights, dtype: torch.dtype, pool: c.Pool, chunk: int
-    ) -> None:
+        self, spec: ModelSpec, weights: PackedWeights, dtype: torch.dtype, pool: c.Pool,
+        chunk: int, max_context: int,
+    ) -> None:  # fmt: skip
         self._library, self.spec, self.weights = c.loaded(), spec, weights
-        self.dtype, self.pool, self.chunk = dtype, pool, chunk
+        self.dtype, self.pool, self.chunk, self._max_context = dtype, pool, chunk, max_context
         self._rope = RopeTable(spec.rope, spec.head_dim, torch.float32)
         self._kept: list[Any] = []  # tensors that arguments point into
         self._step = c.Step()
@@ -71,7 +74,7 @@ class Decoder:
         )
         self._work = self._room(pool.threads, self._work_size, torch.uint8)
         self._attention = self._shared_attention()
-        self._caches: list[tuple[Any, Any]] = []
+        self._caches: list[tuple[Any, Any, Any]] = []
         steps = [
             ("embed", c.EmbedArgs(self._at, weights.embedding.struct, self._x.data_ptr(),
                                   spec.embed_scale, 0)),
@@ -91,13 +94,15 @@ class Decoder:
             self._q.data_ptr(), None, None, spec.heads, spec.kv_heads, spec.head_dim, 0,
             spec.rms_eps, c.DTYPES[self.dtype],
         )  # fmt: skip
-        attend = c.AttendArgs(self._at, self._attention)
-        self._caches.append((rotate, attend))
+        attend, compress = c.AttendArgs(self._at, *self._attention), self._compression()
+        self._caches.append((rotate, attend, compress))
+        sparse = [("compress", compress), ("select", attend)] if spec.sparse else []
         attended, hidden = self._packed(layer.output), self._packed(layer.down)
         return [
             *self._norm(layer.attention_norm, layer.qkv),
             ("multiply", self._multiply(layer.qkv, self._qkv, bias=layer.qkv_bias)),
             ("rotate", rotate),
+            *sparse,
             ("attend", attend),
             ("merge", attend),
             ("pack", c.PackArgs(self._at, self._out.data_ptr(), attended, spec.heads,
@@ -146,17 +151,45 @@ class Decoder:
             )  # fmt: skip
         return self._packs[key]
 
-    def _shared_attention(self) -> Any:
-        spec = self.spec
-        D, K = spec.head_dim, spec.kv_heads
-        shape = c.Shape(1, K, spec.heads // K, 1, spec.max_context, D, c.DTYPES[self.dtype], 0)
-        size = self._library.size("attend_work", shape)
-        work = self._room(self.pool.threads, size, torch.uint8)
-        partial = self._room(1, self._library.size("partial_floats", shape), torch.float32)
-        return c.NativeAttend(
-            shape, c.TensorView(self._q.data_ptr()), c.TensorView(None, 0, 0, D),
-            c.TensorView(None, 0, 0, D), None, 0, self._out.data_ptr(), None, work.data_ptr(), size,
-            partial.data_ptr(), 1, 1, 64, D**-0.5,
+    def _shared_attention(self) -> tuple[Any, Any, int]:
+        """What all layers' attention has in common: dense or over blocks, selection, from where."""
+        spec, sparse = self.spec, self.spec.sparse
+        D, K, threads = spec.head_dim, spec.kv_heads, self.pool.threads
+        shape = c.Shape(1, K, spec.heads // K, self.chunk, self._max_context, D,
+                        c.DTYPES[self.dtype], 0)  # fmt: skip
+        view = c.TensorView(None, 0, 0, D)
+        attend = c.NativeAttend(
+            shape, c.TensorView(self._q.data_ptr()), view, view, None,
+            sparse.budget if sparse else 0, self._out.data_ptr(), None, None, 0, None, 1, 1,
+            sparse.block_size if sparse else 64, D**-0.5,
+        )  # fmt: skip
+        attend.work_stride = size = self._library.size("attend_work", attend)
+        attend.work = self._room(threads, size, torch.uint8).data_ptr()
+        floats = self._library.size("partial_floats", shape)
+        attend.partial = self._room(1, floats, torch.float32).data_ptr()
+        if sparse is None:
+            return attend, c.NativeSelect(), 1 << 62
+        selection = c.Selection(
+            sparse.kernel_size, sparse.kernel_stride, COARSE_FACTOR, sparse.block_size,
+            sparse.init_blocks, sparse.window_blocks, sparse.budget, 0, D**-0.5, 0,
+        )  # fmt: skip
+        blocks = self._room(K, sparse.budget, torch.int32)
+        select = c.NativeSelect(shape, selection, view, view, view, blocks.data_ptr(), None, 0)
+        select.work_stride = size = self._library.size("select_work", select)
+        select.work = self._room(threads, size, torch.uint8).data_ptr()
+        return attend, select, sparse.least_keys
+
+    def _compression(self) -> Any:
+        spec, sparse = self.spec, self.spec.sparse
+        if sparse is None:
+            return None
+        view = c.TensorView(None, 0, 0, spec.head_dim)
+        return c.CompressArgs(
+            self._at,
+            c.NativeCompress(
+                view, view, view, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 0, sparse.kernel_size,
+                sparse.kernel_stride, COARSE_FACTOR, c.DTYPES[self.dtype],
+            ),
         )  # fmt: skip
 
     def _floats(self, width: int) -> Tensor:
@@ -172,14 +205,21 @@ class Decoder:
 
     def _bind(self, cache: KVCache) -> None:
         """Point the layers at the cache's memory, if it has moved."""
-        at = tuple(arena.data_ptr() for arena in cache.layers)
+        at = tuple(x.data_ptr() for x in (*cache.layers, *cache.fine, *cache.coarse))
         if at == self._bound:
             return
-        for arena, (rotate, attend) in zip(cache.layers, self._caches, strict=True):
-            room = arena.shape[2]
-            rotate.k, rotate.v, rotate.room = arena[0].data_ptr(), arena[1].data_ptr(), room
-            for view, part in ((attend.attend.k, arena[0]), (attend.attend.v, arena[1])):
-                view.data, view.head = part.data_ptr(), room * self.spec.head_dim
+
+        def bind(view: Any, rows: Tensor) -> None:
+            view.data, view.head = rows.data_ptr(), rows.shape[1] * rows.shape[2]
+
+        for i, (rotate, attend, compress) in enumerate(self._caches):
+            k, v = cache.layers[i]
+            rotate.k, rotate.v, rotate.room = k.data_ptr(), v.data_ptr(), k.shape[1]
+            bind(attend.attend.k, k), bind(attend.attend.v, v)
+            if compress is not None:
+                bind(compress.compress.keys, k)
+                for user in (attend.select, compress.compress):
+                    bind(user.fine, cache.fine[i]), bind(user.coarse, cache.coarse[i])
         self._bound = at
 
     @torch.inference_mode()
