@@ -28,7 +28,8 @@ typedef struct {
 //   INT8      [cols / 4][16][4], bytes w + 128
 //   INT4      [cols / 8][16][4], bytes with w + 8 of columns 8 i + j below, of 8 i + 4 + j above
 // and for the integers one float16 scale for `group` columns of a row: scales [panel][cols / group][16].
-enum { CPMCU_FLOAT32 = 0, CPMCU_BFLOAT16 = 1, CPMCU_INT8 = 2, CPMCU_INT4 = 3 };
+// ROWS are somebody else's weights (bitcpm's), whose operations take activations as rows of floats.
+enum { CPMCU_FLOAT32 = 0, CPMCU_BFLOAT16 = 1, CPMCU_INT8 = 2, CPMCU_INT4 = 3, CPMCU_ROWS = 4 };
 typedef struct {
     const void *data;
     const uint16_t *scales;
@@ -37,7 +38,8 @@ typedef struct {
 } cpmcu_matrix;
 
 // What a matrix is multiplied by: T rows of `cols` numbers, in blocks of 12 tokens (one token alone: a block of 1).
-// Within a block of W: floats [cols][W], bfloat16 [cols / 2][W][2], int8 [cols / 4][W][4]. For integers, with the
+// Within a block of W: floats [cols][W], bfloat16 [cols / 2][W][2], int8 [cols / 4][W][4]; ROWS: floats [T][cols]. For
+// integers, with the
 // groups of the matrix, `scales` [block][cols / group][W] and `offsets` likewise: minus the matrix's zero point times the
 // sum of the group.
 typedef struct {
@@ -95,6 +97,16 @@ typedef struct {
     int32_t add, last, unused;
 } cpmcu_multiply_args;
 
+// x [T, width] += alpha * y.
+typedef struct {
+    const cpmcu_step *step;
+    const float *y;
+    float *x;
+    int64_t width;
+    float alpha;
+    int32_t unused;
+} cpmcu_add_args;
+
 // Splits qkv [T, (H + 2 K) D]: normalises queries and keys if there are weights [D], rotates them, writes queries
 // [T, H, D] and, from step.start on, rows of the caches [K, room, D].
 typedef struct {
@@ -136,6 +148,7 @@ int32_t cpmcu_norm(const cpmcu_norm_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_pack(const cpmcu_pack_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_swiglu(const cpmcu_swiglu_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_multiply(const cpmcu_multiply_args *, int32_t ith, int32_t nth);
+int32_t cpmcu_add(const cpmcu_add_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_rotate(const cpmcu_rotate_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_compress(const cpmcu_compress_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_select(const cpmcu_attend_args *, int32_t ith, int32_t nth);

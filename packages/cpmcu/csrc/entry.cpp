@@ -12,6 +12,7 @@ using namespace native;
     DO(pack, cpmcu_pack_args)         \
     DO(swiglu, cpmcu_swiglu_args)     \
     DO(multiply, cpmcu_multiply_args) \
+    DO(add, cpmcu_add_args)           \
     DO(rotate, cpmcu_rotate_args)     \
     DO(compress, cpmcu_compress_args) \
     DO(select, cpmcu_attend_args)     \

@@ -30,6 +30,7 @@ OPERATION(norm, cpmcu_norm_args)
 OPERATION(pack, cpmcu_pack_args)
 OPERATION(swiglu, cpmcu_swiglu_args)
 OPERATION(multiply, cpmcu_multiply_args)
+OPERATION(add, cpmcu_add_args)
 OPERATION(rotate, cpmcu_rotate_args)
 OPERATION(lay_out, cpmcu_lay_out_args)
 

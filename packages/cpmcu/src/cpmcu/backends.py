@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cpmcu import cpu_backend, cpu_library, plan, reference
+from cpmcu import cpu_backend, cpu_library, cpu_ternary, plan, reference
 from cpmcu.cpu_weights import pack_model
 from cpmcu.spec import ModelSpec
 from cpmcu.weights import Weights
@@ -31,10 +31,18 @@ def choose(backend: str, quant: str, spec: ModelSpec, dtype: torch.dtype) -> str
         supported, reason = BACKENDS[name].is_supported(spec, dtype)
         if name == "reference" and quant not in ("auto", str(dtype).removeprefix("torch.")):
             supported, reason = False, f"it has no {quant} weights"
+        if name == "cpu" and supported and quant == "ternary":
+            supported, reason = cpu_ternary.is_supported()
         if supported:
             return name
         reasons.append(f"backend {name!r} cannot run this model: {reason}")
     raise ValueError("; ".join(reasons))
+
+
+def packed_ternary(backend: str, spec: ModelSpec, dtype: torch.dtype) -> str:
+    """ "ternary" where the native backend may run and has the kernels, else "auto"."""
+    able = cpu_backend.is_supported(spec, dtype)[0] and cpu_ternary.is_supported()[0]
+    return "ternary" if able and backend in ("auto", "cpu") else "auto"
 
 
 def decoder(

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from cpmcu import cpu_library as c
+from cpmcu import cpu_ternary
 from cpmcu.cache import KVCache
+from cpmcu.cpu_ternary import TernaryWeights
 from cpmcu.cpu_weights import PackedLayer, PackedMatrix, PackedWeights
 from cpmcu.rope import RopeTable
 from cpmcu.sparse import COARSE_FACTOR
@@ -62,17 +64,23 @@ class Decoder:
         self._step = c.Step()
         self._at = ctypes.addressof(self._step)
         self._packs: dict[tuple[int, int], Any] = {}
+        self._rows: dict[int, Tensor] = {}
         self._x = self._floats(spec.hidden)
         self._qkv = self._floats(spec.qkv_rows)
-        self._gate_up = self._floats(2 * spec.ffn)
+        self._gate_up = self._floats(max(2 * spec.ffn, spec.hidden))
         self._q, self._out = (
             self._room(chunk, spec.heads * spec.head_dim, dtype) for _ in range(2)
         )
         matrices = [m for x in weights.layers for m in (x.qkv, x.output, x.gate_up, x.down)]
-        self._work_size = max(
-            self._library.size("multiply_work", m.struct) for m in (*matrices, weights.head)
-        )
+        own = [m for m in (*matrices, weights.head) if isinstance(m, PackedMatrix)]
+        self._work_size = max(self._library.size("multiply_work", m.struct) for m in own)
         self._work = self._room(pool.threads, self._work_size, torch.uint8)
+        # Ternary products: bitcpm's records, which want to be told the number of tokens.
+        self._ternary: list[Any] = []
+        self._ternary_tokens = 0
+        foreign = [m for m in matrices if not isinstance(m, PackedMatrix)]
+        sizes = [cpu_ternary.scratch_bytes(m, chunk, pool.threads) for m in foreign]
+        self._scratch = self._room(1, max(sizes, default=0), torch.uint8)
         self._attention = self._shared_attention()
         self._caches: list[tuple[Any, Any, Any]] = []
         steps = [
@@ -82,12 +90,12 @@ class Decoder:
         for layer in weights.layers:
             steps += self._layer(layer)
         steps += self._norm(weights.norm, weights.head, scale=spec.logit_scale, last=True)
-        self._head = self._multiply(weights.head, None, last=True)
+        self._head = self._arguments(weights.head, None, last=True)
         steps.append(("multiply", self._head))
         self._records = c.Records(steps)
         self._bound: tuple[int, ...] = ()
 
-    def _layer(self, layer: PackedLayer) -> list[tuple[str, Any]]:
+    def _layer(self, layer: PackedLayer) -> list[tuple[str | int, Any]]:
         spec = self.spec
         rotate = c.RotateArgs(
             self._at, self._qkv.data_ptr(), c.address(layer.q_norm), c.address(layer.k_norm),
@@ -100,23 +108,28 @@ class Decoder:
         attended, hidden = self._packed(layer.output), self._packed(layer.down)
         return [
             *self._norm(layer.attention_norm, layer.qkv),
-            ("multiply", self._multiply(layer.qkv, self._qkv, bias=layer.qkv_bias)),
+            *self._multiply(layer.qkv, self._qkv, bias=layer.qkv_bias),
             ("rotate", rotate),
             *sparse,
             ("attend", attend),
             ("merge", attend),
             ("pack", c.PackArgs(self._at, self._out.data_ptr(), attended, spec.heads,
                                 spec.head_dim, c.DTYPES[self.dtype], 0)),
-            ("multiply", self._multiply(layer.output, self._x, add=spec.residual_scale)),
+            *self._multiply(layer.output, self._x, add=spec.residual_scale),
             *self._norm(layer.ffn_norm, layer.gate_up),
-            ("multiply", self._multiply(layer.gate_up, self._gate_up)),
+            *self._multiply(layer.gate_up, self._gate_up),
             ("swiglu", c.SwigluArgs(self._at, self._gate_up.data_ptr(), hidden)),
-            ("multiply", self._multiply(layer.down, self._x, add=spec.residual_scale)),
+            *self._multiply(layer.down, self._x, add=spec.residual_scale),
         ]  # fmt: skip
 
     def _norm(
-        self, weight: Tensor, reader: PackedMatrix, *, scale: float = 1.0, last: bool = False
-    ) -> list[tuple[str, Any]]:
+        self,
+        weight: Tensor,
+        reader: PackedMatrix | TernaryWeights,
+        *,
+        scale: float = 1.0,
+        last: bool = False,
+    ) -> list[tuple[str | int, Any]]:
         args = c.NormArgs(
             self._at, self._x.data_ptr(), weight.data_ptr(), self._packed(reader),
             self.spec.rms_eps, scale, last, 0,
@@ -124,6 +137,25 @@ class Decoder:
         return [("norm", args)]
 
     def _multiply(
+        self, matrix: PackedMatrix | TernaryWeights, out: Tensor, *, bias: Tensor | None = None,
+        add: float | None = None,
+    ) -> list[tuple[str | int, Any]]:  # fmt: skip
+        """out = the product with what is packed for the matrix, + bias; or out += add * it."""
+        if isinstance(matrix, PackedMatrix):
+            return [("multiply", self._arguments(matrix, out, bias=bias, add=add))]
+        rows, cols = matrix.matrix.shape
+        self._packed(matrix)
+        x = self._rows[cols].view(self.chunk, cols)
+        # What is added passes through memory that no one needs at that moment.
+        result = (out if add is None else self._gate_up[: self.chunk * rows]).view(-1, rows)
+        product = cpu_ternary.product(matrix, x, result, self._scratch, self.pool.threads, bias)
+        self._ternary.append(product)
+        if add is None:
+            return product.steps
+        adding = c.AddArgs(self._at, result.data_ptr(), out.data_ptr(), rows, add, 0)
+        return [*product.steps, ("add", adding)]
+
+    def _arguments(
         self, matrix: PackedMatrix, out: Tensor | None, *, bias: Tensor | None = None,
         add: float | None = None, last: bool = False,
     ) -> Any:  # fmt: skip
@@ -133,13 +165,17 @@ class Decoder:
             last, 0,
         )  # fmt: skip
 
-    def _packed(self, reader: PackedMatrix) -> Any:
+    def _packed(self, reader: PackedMatrix | TernaryWeights) -> Any:
         """Rows as `reader` wants them. One buffer for each width: at most one of a width is in use
         at any time.
         """
         m = reader.struct
         key = m.cols, m.kind
         if key not in self._packs:
+            if m.kind == c.ROWS:
+                rows = self._rows[m.cols] = self._room(self.chunk, m.cols, torch.float32)
+                self._packs[key] = c.Packed(rows.data_ptr(), None, None, m.cols, m.kind, 0)
+                return self._packs[key]
             tokens, integers = -(-self.chunk // _BLOCK) * _BLOCK, m.kind in (c.INT8, c.INT4)
             groups = m.cols // m.group if integers else 0
             size = {c.FLOAT32: 4, c.BFLOAT16: 2}.get(m.kind, 1)
@@ -240,6 +276,10 @@ class Decoder:
         step.tokens, step.start, step.every = len(tokens), start, every
         step.ids, step.cos, step.sin = tokens.data_ptr(), cos.data_ptr(), sin.data_ptr()
         self._head.out = logits.data_ptr()
+        if len(tokens) != self._ternary_tokens:
+            for product in self._ternary:
+                product.set_tokens(len(tokens))
+            self._ternary_tokens = len(tokens)
         self.pool.run(self._records)
         cache.length = end
         return logits if every else logits[0]

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from cpmcu import _native
 
-FLOAT32, BFLOAT16, INT8, INT4 = range(4)  # kinds of weights
+FLOAT32, BFLOAT16, INT8, INT4, ROWS = range(5)  # kinds of weights
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 OPERATIONS = (
-    "embed", "norm", "pack", "swiglu", "multiply", "rotate", "compress", "select", "attend",
-    "merge", "lay_out",
+    "embed", "norm", "pack", "swiglu", "multiply", "add", "rotate", "compress", "select",
+    "attend", "merge", "lay_out",
 )  # fmt: skip
 SIZES = ("matrix_bytes", "multiply_work", "attend_work", "select_work", "partial_floats")
 
@@ -103,6 +103,10 @@ MultiplyArgs = _structure(
     [("step", c_void_p), ("weights", Matrix), ("source", Packed)],
     _fields(c_void_p, "out bias work"),
     [("work_stride", c_int64), ("alpha", c_float), *_fields(c_int32, "add last unused")],
+)
+AddArgs = _structure(
+    "AddArgs",
+    [*_fields(c_void_p, "step y x"), ("width", c_int64), ("alpha", c_float), ("unused", c_int32)],
 )
 RotateArgs = _structure(
     "RotateArgs",
@@ -194,13 +198,15 @@ class Pool:
 
 
 class Records:
-    """A list of (operation, arguments) for `Pool.run`; keeps the arguments alive."""
+    """A list of (operation, arguments) for `Pool.run`; keeps the arguments alive. An operation is
+    one of `OPERATIONS`, or the address of another library's.
+    """
 
-    def __init__(self, steps: Sequence[tuple[str, Structure]]) -> None:
-        library = loaded()
+    def __init__(self, steps: Sequence[tuple[str | int, Structure]]) -> None:
+        operations = loaded().operations
         self.steps = list(steps)
         self._array = (Record * len(steps))(
-            *(Record(library.operations[name], ctypes.addressof(args)) for name, args in steps)
+            *(Record(operations.get(what, what), ctypes.addressof(args)) for what, args in steps)
         )
         self.address, self.count = ctypes.addressof(self._array), len(steps)
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from cpmcu import cpu_library as c
+from cpmcu import cpu_ternary
+from cpmcu.cpu_ternary import TernaryWeights
 from cpmcu.rounding import GROUP
 from cpmcu.spec import ModelSpec
 from cpmcu.weights import Weights
@@ -71,11 +73,11 @@ class PackedLayer:
     """One layer; norms, biases in float32."""
 
     attention_norm: Tensor
-    qkv: PackedMatrix
-    output: PackedMatrix
+    qkv: PackedMatrix | TernaryWeights
+    output: PackedMatrix | TernaryWeights
     ffn_norm: Tensor
-    gate_up: PackedMatrix
-    down: PackedMatrix
+    gate_up: PackedMatrix | TernaryWeights
+    down: PackedMatrix | TernaryWeights
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -101,12 +103,15 @@ class PackedWeights:
 
 
 def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> PackedWeights:
-    """All weights in one kind; with "int4" the embedding and the head have 8 bits.
+    """All weights in one kind; with "int4" and "ternary" the embedding and the head have 8 bits.
 
     The matrices of `weights` are let go layer by layer, so that both are never held whole.
     """
-    kind = KINDS[quant]
-    outer = c.INT8 if kind == c.INT4 else kind
+    outer = c.INT8 if quant in ("int4", "ternary") else KINDS[quant]
+
+    def inner(x: Tensor, name: str) -> PackedMatrix | TernaryWeights:
+        where = f"{name} of layer {len(layers)}"
+        return cpu_ternary.pack(x, where) if quant == "ternary" else pack(x, KINDS[quant], pool)
 
     def floats(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.float().contiguous()
@@ -123,11 +128,11 @@ def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> P
         layers.append(
             PackedLayer(
                 attention_norm=floats(x.attention_norm),
-                qkv=pack(x.qkv, kind, pool),
-                output=pack(x.output, kind, pool),
+                qkv=inner(x.qkv, "qkv"),
+                output=inner(x.output, "output"),
                 ffn_norm=floats(x.ffn_norm),
-                gate_up=pack(x.gate_up, kind, pool),
-                down=pack(x.down, kind, pool),
+                gate_up=inner(x.gate_up, "gate_up"),
+                down=inner(x.down, "down"),
                 qkv_bias=floats(x.qkv_bias),
                 q_norm=floats(x.q_norm),
                 k_norm=floats(x.k_norm),

@@ -75,7 +75,9 @@ class Engine(Session):
             dtype: of weights and arithmetic: "float32", "bfloat16", or "auto" (bf16 where the
                 processor multiplies it natively, else fp32).
             quant: weights in memory: "float32", "bfloat16", "int8" or "int4" (32 columns to a
-                scale; with int4 embedding and head have 8 bits). "auto" takes `dtype`.
+                scale), "ternary" (weights that are ternary already, kept exactly; needs bitcpm);
+                with the last two embedding and head have 8 bits. "auto" takes "ternary" for a
+                folder packed by bitcpm where that can run, else `dtype`.
             sparse: "auto" attends as the model's config.json says (InfLLM v2 where it has a
                 `sparse_config`), "on" as MiniCPM4 does where it says nothing, "off" to all keys;
                 or the sizes, `SparseAttention(...)`.
@@ -95,6 +97,8 @@ class Engine(Session):
         source = Source(path)
         found = sparse_attention.resolve(sparse, source.spec.sparse)
         spec, compute = dataclasses.replace(source.spec, sparse=found), plan.resolve_dtype(dtype)
+        if quant == "auto" and source.kind == "ternary":
+            quant = backends.packed_ternary(backend, spec, compute)
         plan.resolve_quant(quant, compute)
         if memory_limit is not None:
             max_context = plan.fit_context(spec, compute, max_context, memory_limit, quant)

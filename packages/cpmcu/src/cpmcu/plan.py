@@ -75,8 +75,8 @@ def native_bf16() -> bool:
     return any(check() for check in supports if check is not None)
 
 
-# Bits of a weight, the scale of its group included.
-_BITS = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5}
+# Bits of a weight, the scale of its group included: of 32, or of 128 where ternary.
+_BITS = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5, "ternary": 1.75}
 
 
 def resolve_quant(quant: str, dtype: torch.dtype) -> str:
@@ -91,14 +91,14 @@ def resolve_quant(quant: str, dtype: torch.dtype) -> str:
 
 
 def weight_bytes(spec: ModelSpec, quant: str) -> int:
-    """Bytes of all weights; with int4 the embedding and the head have 8 bits."""
+    """Bytes of all weights; with int4 and ternary the embedding and the head have 8 bits."""
     outer = (1 if spec.tie else 2) * spec.vocab * spec.hidden
     inner = spec.parameters - outer
     return round((inner * _BITS[quant] + outer * _BITS[_outer(quant)]) / 8)
 
 
 def _outer(quant: str) -> str:
-    return "int8" if quant == "int4" else quant
+    return "int8" if quant in ("int4", "ternary") else quant
 
 
 def activation_bytes(spec: ModelSpec, dtype: torch.dtype, context: int) -> int:
