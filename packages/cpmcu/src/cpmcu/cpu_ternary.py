@@ -29,8 +29,8 @@ def is_supported() -> tuple[bool, str]:
 
 @dataclass(slots=True)
 class TernaryWeights:
-    """`[rows, cols]` ternary weights: a `bitcpm.TernaryMatrix`; `struct` says that their activations
-    are rows of floats.
+    """`[rows, cols]` ternary weights: a `bitcpm.TernaryMatrix`; `struct` says that what they are
+    multiplied by is rows of floats.
     """
 
     matrix: Any
