@@ -65,9 +65,23 @@ def test_packed_folders_stay_packed(tiny_folder, tmp_path):
     assert len(text.token_ids) == 5
 
 
-def test_what_is_not_ternary_is_refused(tiny_folder, monkeypatch):
+def test_a_matrix_that_is_not_ternary_has_8_bits(tiny_folder, tmp_path):
+    folder = ternary_folder(tiny_folder("llama-gqa3")[1], tmp_path, 32)
+    state = load_file(folder / "model.safetensors")
+    torch.manual_seed(0)
+    name = "model.layers.1.mlp.down_proj.weight"
+    state[name] = (0.1 * torch.randn(state[name].shape)).bfloat16()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    wanted = Engine.from_pretrained(folder, dtype="float32", quant="float32").logits(IDS)
+    engine = Engine.from_pretrained(folder, dtype="float32", quant="ternary")
+    first, second = engine._decoder.weights.layers
+    assert hasattr(first.down, "matrix") and not hasattr(second.down, "matrix")
+    assert (engine.logits(IDS) - wanted).abs().max() < 5e-2 * wanted.abs().max()
+
+
+def test_a_model_that_is_not_ternary_is_refused(tiny_folder, monkeypatch):
     _, folder = tiny_folder("llama-gqa3")
-    with pytest.raises(ValueError, match="qkv of layer 0 is not: quantise the model with bitcpm"):
+    with pytest.raises(ValueError, match="no matrix is: quantise the model with bitcpm"):
         Engine.from_pretrained(folder, quant="ternary")
     with pytest.raises(ValueError, match="it has no ternary weights"):
         Engine.from_pretrained(folder, quant="ternary", backend="reference")

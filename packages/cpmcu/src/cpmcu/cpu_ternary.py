@@ -1,7 +1,7 @@
 """Ternary weights in the native engine: bitcpm's layout and kernels, run by the engine's threads.
 
-Weights are taken as they are: what is {-a, 0, a} in every group is laid out exactly, anything else
-is refused, never quantised again.
+Weights are taken as they are: what is {-a, 0, a} in every group is laid out exactly, and never
+quantised again.
 """
 
 from __future__ import annotations
@@ -42,22 +42,15 @@ class TernaryWeights:
         return self.matrix.nbytes
 
 
-def pack(weight: Tensor, name: str) -> TernaryWeights:
-    """Lay out a matrix `[rows, cols]` that is ternary, in the largest groups that fit it.
-
-    Raises:
-        ValueError: it is not.
-    """
+def pack(weight: Tensor) -> TernaryWeights | None:
+    """Lay out a matrix `[rows, cols]` in the largest groups that fit it; None: not ternary."""
     from bitcpm import PackedTensor, TernaryMatrix
     from bitcpm.group_size import fit_sizes
     from bitcpm.recover import looks_ternary
 
     group = fit_sizes(weight).largest() if looks_ternary(weight) else None
     if group is None:
-        raise ValueError(
-            f"quant='ternary' needs weights that are ternary, and {name} is not: quantise the "
-            "model with bitcpm first, or take another quant"
-        )
+        return None
     packed = PackedTensor.from_weights(weight, group, CODEC)
     struct = c.Matrix(None, None, *weight.shape, c.ROWS, 0)
     return TernaryWeights(TernaryMatrix.from_packed(packed), struct)

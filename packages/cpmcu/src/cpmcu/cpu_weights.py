@@ -103,15 +103,25 @@ class PackedWeights:
 
 
 def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> PackedWeights:
-    """All weights in one kind; with "int4" and "ternary" the embedding and the head have 8 bits.
+    """All weights in one kind; with "int4" and "ternary" embedding and head have 8 bits, and
+    so have a layer's matrices that are not ternary.
 
     The matrices of `weights` are let go layer by layer, so that both are never held whole.
+
+    Raises:
+        ValueError: columns that the kind cannot have, or "ternary" where nothing is.
     """
     outer = c.INT8 if quant in ("int4", "ternary") else KINDS[quant]
 
-    def inner(x: Tensor, name: str) -> PackedMatrix | TernaryWeights:
-        where = f"{name} of layer {len(layers)}"
-        return cpu_ternary.pack(x, where) if quant == "ternary" else pack(x, KINDS[quant], pool)
+    ternary = 0
+
+    def inner(x: Tensor) -> PackedMatrix | TernaryWeights:
+        nonlocal ternary
+        if quant != "ternary":
+            return pack(x, KINDS[quant], pool)
+        found = cpu_ternary.pack(x)
+        ternary += found is not None
+        return found or pack(x, c.INT8, pool)
 
     def floats(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.float().contiguous()
@@ -128,14 +138,19 @@ def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> P
         layers.append(
             PackedLayer(
                 attention_norm=floats(x.attention_norm),
-                qkv=inner(x.qkv, "qkv"),
-                output=inner(x.output, "output"),
+                qkv=inner(x.qkv),
+                output=inner(x.output),
                 ffn_norm=floats(x.ffn_norm),
-                gate_up=inner(x.gate_up, "gate_up"),
-                down=inner(x.down, "down"),
+                gate_up=inner(x.gate_up),
+                down=inner(x.down),
                 qkv_bias=floats(x.qkv_bias),
                 q_norm=floats(x.q_norm),
                 k_norm=floats(x.k_norm),
             )
+        )
+    if quant == "ternary" and not ternary:
+        raise ValueError(
+            "quant='ternary' needs weights that are ternary, and no matrix is: quantise the model "
+            "with bitcpm first, or take another quant"
         )
     return PackedWeights(embedding, layers, norm, head)

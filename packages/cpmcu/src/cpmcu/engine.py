@@ -76,7 +76,8 @@ class Engine(Session):
                 processor multiplies it natively, else fp32).
             quant: weights in memory: "float32", "bfloat16", "int8" or "int4" (32 columns to a
                 scale), "ternary" (weights that are ternary already, kept exactly; needs bitcpm);
-                with the last two embedding and head have 8 bits. "auto" takes "ternary" for a
+                with the last two embedding and head have 8 bits, and with "ternary" matrices that
+                are not. "auto" takes "ternary" for a
                 folder packed by bitcpm where that can run, else `dtype`.
             sparse: "auto" attends as the model's config.json says (InfLLM v2 where it has a
                 `sparse_config`), "on" as MiniCPM4 does where it says nothing, "off" to all keys;
