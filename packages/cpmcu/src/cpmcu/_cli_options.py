@@ -40,6 +40,19 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tex
 RepeatableStop = Annotated[
     list[str] | None, typer.Option(help="End before this text; may be repeated.")
 ]
+MinP = Annotated[
+    float, typer.Option(help="Keep tokens at least this fraction as likely as the best.")
+]
+Limit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-limit", help="Bytes for weights, cache and activations: 800M, 4GiB, ..."
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output instead.")
+]
+
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

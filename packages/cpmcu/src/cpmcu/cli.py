@@ -1,4 +1,4 @@
-"""The `cpmcu` command: generate, chat, plan, bench, selfcheck."""
+"""The `cpmcu` command: generate, chat, plan, bench, selfcheck; `commands` has the others."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Annotated
 
 import typer
 
-from cpmcu import _cli
+from cpmcu import _cli, commands
 from cpmcu._cli_options import (
     Backend,
     ContextLimit,
     DType,
+    Json,
+    Limit,
+    MinP,
     Model,
     Penalty,
     Quant,
@@ -37,20 +40,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Run language models on this machine. MODEL is a folder with safetensors (a transformers "
-    "model, or one packed by bitcpm) or a .gguf file.",
+    "model, one packed by bitcpm, or one that `quantize` made) or a .gguf file.",
 )
-MinP = Annotated[
-    float, typer.Option(help="Keep tokens at least this fraction as likely as the best.")
-]
-Limit = Annotated[
-    str | None,
-    typer.Option(
-        "--memory-limit", help="Bytes for weights, cache and activations: 800M, 4GiB, ..."
-    ),
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on standard output instead.")
-]
+app.command()(commands.quantize)
 
 
 @app.command()

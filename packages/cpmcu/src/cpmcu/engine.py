@@ -15,6 +15,7 @@ from cpmcu.cache import KVCache
 from cpmcu.loader import Progress, Source
 from cpmcu.results import Generation, Score, Stream
 from cpmcu.spec import ModelSpec
+from cpmcu.tensors import load_codes
 from cpmcu.tokenizer import Message, Tokenizer
 from cpmcu.weights import Weights
 
@@ -72,7 +73,8 @@ class Engine:
             dtype: of weights and arithmetic: "float32", "bfloat16", or "auto" (bf16 where the
                 processor multiplies it natively, else fp32).
             quant: weights in memory: "float32", "bfloat16", "int8" or "int4" (32 columns to a
-                scale; with int4 embedding and head have 8 bits). "auto" takes `dtype`.
+                scale; with int4 embedding and head have 8 bits). "auto": as a quantised file has
+                them, exactly; otherwise `dtype`.
             sparse: "off". Sparse attention is not in the engine yet.
             backend: "cpu" (C++), "reference" (PyTorch), or "auto": the first that can run.
             threads: for every call of this engine; None leaves PyTorch's number alone. More than
@@ -87,23 +89,19 @@ class Engine:
             ValueError: a file is damaged or of an unknown kind, an option is not supported, or
                 the model does not fit in `memory_limit`.
         """
-        for name, value, known in (
-            ("sparse", sparse, ("off",)),
-            ("backend", backend, ("auto", *backends.BACKENDS)),
-        ):
-            if value not in known:
-                raise ValueError(
-                    f"{name}={value!r} is not implemented yet, use {' or '.join(map(repr, known))}"
-                )
+        if sparse != "off":
+            raise ValueError(f"sparse={sparse!r} is not implemented yet, use 'off'")
         source = Source(path)
         spec, compute = source.spec, plan.resolve_dtype(dtype)
-        plan.resolve_quant(quant, compute)
+        native = backends.choose(backend, "auto", spec, compute) == "cpu"
+        quant = plan.resolve_quant(quant, compute, source.quant if native else None)
         if memory_limit is not None:
             max_context = plan.fit_context(spec, compute, max_context, memory_limit, quant)
         max_context = plan.check_context(max_context, spec)
         backends.choose(backend, quant, spec, compute)  # before memory is taken
         words = tokenizer.load(source)
-        weights = source.load(compute, progress)
+        keep = native and quant == source.quant
+        weights = (load_codes if keep else Source.load)(source, compute, progress)
         engine = cls(spec, weights, words, quant=quant, backend=backend, max_context=max_context,
                      threads=threads)  # fmt: skip
         log.info("%s: backend %s, %s weights, %s, %d tokens of context", path, engine.backend,

@@ -2,7 +2,8 @@
 
 The columns of a matrix are rounded one after the other; what rounding one adds to the layer's
 output is taken back, as far as it goes, by the columns not yet rounded. What is minimised is the
-squared error of the output on calibration inputs X [tokens, I], tr((W - Q) H (W - Q)ᵀ) with H = XᵀX.
+squared error of the output on calibration inputs X [tokens, I]: tr((W - Q) H (W - Q)ᵀ) with
+H = XᵀX.
 
 P-GPTQ leaves the first positions of every sequence out of H. The first tokens serve attention as a
 sink, and their activations are tens of times larger than all others: they would decide H alone, and
