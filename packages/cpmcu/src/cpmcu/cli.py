@@ -43,6 +43,7 @@ app = typer.Typer(
     "model, one packed by bitcpm, or one that `quantize` made) or a .gguf file.",
 )
 app.command()(commands.quantize)
+app.command()(commands.convert)
 
 
 @app.command()

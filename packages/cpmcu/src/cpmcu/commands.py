@@ -81,3 +81,41 @@ def quantize(
         rows,
     )
     print(f"{seconds:.0f} s. Try it: cpmcu generate {out} --prompt 'Once upon a time'")
+
+
+def convert(
+    model: Model,
+    out: Out,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--type",
+            help="Of the matrices: auto (as they are stored), F32, F16, BF16, Q8_0, Q4_0; for GGUF "
+            "TQ2_0 too.",
+        ),
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write MODEL as a GGUF file (if OUT ends with .gguf) or as a folder.
+
+    Codes of 4 and 8 bits, of `quantize` or of Q4_0 and Q8_0, are passed on bit for bit. What is
+    rounded is said, with its error.
+    """
+    from cpmcu.convert import convert as write
+
+    with working("converting") as progress:
+        made = write(model, out, kind, progress)
+    if as_json:
+        print(json.dumps(made.to_dict()))
+        return
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(made.kinds.items()))
+    print(f"{made.path}: {size(made.bytes)}; tensors: {counts}")
+    if made.errors:
+        worst = max(made.errors, key=lambda name: made.errors[name])
+        mean = sum(made.errors.values()) / len(made.errors)
+        print(
+            f"{len(made.errors)} tensors were rounded: relative error {mean:.2e} in the mean, "
+            f"{made.errors[worst]:.2e} at most ({worst})"
+        )
+    else:
+        print("nothing was rounded")
