@@ -114,7 +114,8 @@ def load(source: Source) -> Tokenizer | None:
     if source.gguf is not None:
         from cpmcu.tokenizer_gguf import from_gguf
 
-        return from_gguf(source.gguf) if "tokenizer.ggml.model" in source.gguf.metadata else None
+        kind = source.gguf.metadata.get("tokenizer.ggml.model", "none")
+        return None if kind == "none" else from_gguf(source.gguf)
     return from_folder(source.path) if (source.path / "tokenizer.json").is_file() else None
 
 
