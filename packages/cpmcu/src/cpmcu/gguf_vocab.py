@@ -41,6 +41,8 @@ def entries(source: Source) -> Iterator[Entry]:
         raise ValueError(f"{source.path}: only BPE tokenizers can be written to GGUF")
     tokens, kinds = _tokens(words, source.spec.vocab)
     merges = [m if isinstance(m, list) else m.split(" ") for m in description["model"]["merges"]]
+    if not merges:
+        raise ValueError(f"{source.path}: a tokenizer without merges cannot be written to GGUF")
     if description["model"].get("byte_fallback"):
         yield from _sentencepiece(description, tokens, kinds, merges)
     else:
