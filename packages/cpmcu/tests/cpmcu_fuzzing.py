@@ -65,6 +65,52 @@ def mutate(data: bytes, generator: random.Random, header: int) -> bytes:
     return bytes(data)
 
 
+HOSTILE = (
+    None, True, -1, 0, 1, 3, 7, 64, 255, 2**31, 2**53, 2**63, 2**64, -(2**63), 0.5, -0.0, 1e308,
+    "", "x", "F32", "U8", "F16", "../up", "a" * 5000, [], [0], [[]], {}, {"type": "x"}, [1, 2, 3],
+)  # fmt: skip
+
+
+def damage_json(data: bytes, generator: random.Random) -> bytes:
+    """Valid JSON with a few values, or names, replaced, removed, or moved."""
+    value = json.loads(data)
+    for _ in range(generator.choice([1, 1, 1, 2, 4])):
+        places = []  # containers and keys
+
+        def walk(node, places=places):
+            for key in node if isinstance(node, dict) else range(min(len(node), 50)):
+                places.append((node, key))
+                if isinstance(node[key], dict | list):
+                    walk(node[key])
+
+        walk(value)
+        if not places:
+            break
+        node, key = generator.choice(places)
+        other, another = generator.choice(places)
+        match generator.randrange(5):
+            case 0 | 1:
+                node[key] = generator.choice(HOSTILE)
+            case 2:
+                del node[key]
+            case 3:
+                node[key] = json.loads(json.dumps(other[another]))
+            case 4 if isinstance(node, dict):
+                node[key + generator.choice("0.xé")] = node.pop(key)
+    return json.dumps(value).encode()
+
+
+def damage(data: bytes, name: str, generator: random.Random, header: int) -> bytes:
+    """Random bytes, or half of the time hostile values in a valid structure."""
+    if generator.random() < 0.5 or name.endswith(".gguf"):
+        return mutate(data, generator, header)
+    if name.endswith(".json"):
+        return damage_json(data, generator)
+    length = int.from_bytes(data[:8], "little")
+    changed = damage_json(data[8 : 8 + length], generator)
+    return len(changed).to_bytes(8, "little") + changed + data[8 + length :]
+
+
 def survives(path: Path) -> bool:
     """Load and run; True if it worked, False if it was refused properly. Anything else raises."""
     from cpmcu import Engine
@@ -146,7 +192,7 @@ def examples(models: Path, work: Path, target: str, seeds: range):
     for seed in seeds:
         generator = random.Random(f"{target} {seed}")
         file.unlink(missing_ok=True)  # a new inode: an earlier engine may still map the old one
-        file.write_bytes(mutate(original, generator, header))
+        file.write_bytes(damage(original, name, generator, header))
         yield seed, file if kind == "gguf" else folder, file
     file.unlink(missing_ok=True)
     file.write_bytes(original)
