@@ -12,7 +12,7 @@ BENCHES := $(filter-out harness,$(patsubst benchmarks/%.py,%,$(wildcard benchmar
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: force help setup run test lint format bench gpu wheels clean
+.PHONY: force help setup run test lint format bench fuzz gpu wheels clean
 
 help: ## Print this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ bench: setup $(addprefix bench-,$(BENCHES)) ## Run every benchmark against its p
 
 bench-%: setup ## Run one tool's benchmark, e.g. make bench-infllm2
 	$(BIN)/python benchmarks/$*.py
+
+fuzz: setup ## Damage 40,000 model files; each must work or be refused (finds go to runs/fuzz)
+	OMP_NUM_THREADS=1 $(BIN)/python packages/cpmcu/tests/cpmcu_fuzzing.py --count 40000
 
 gpu: setup ## Run the tests marked gpu, then time the GPU kernels (without a GPU both only say so)
 	$(BIN)/python -m pytest -q -m gpu

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
+# What other processes run too lies beside this file.
+sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before torch is imported: on a busy machine threads that wait for one another are very slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -257,7 +257,7 @@ def test_threads(tiny_folder, caplog):
     _, folder = tiny_folder("llama")
     before = torch.get_num_threads()
     engine = Engine.from_pretrained(folder, threads=100_000)
-    assert 1 <= engine.model.threads < 100_000 and "lowered to" in caplog.text
+    assert 1 <= engine.threads < 100_000 and "lowered to" in caplog.text
     engine.prefill([1, 2])
     assert torch.get_num_threads() == before
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):

@@ -57,10 +57,10 @@ def test_packed_folders_stay_packed(tiny_folder, tmp_path):
     ternary_folder(tiny_folder("llama-gqa3")[1], dense, 32)
     bitcpm.pack_model(dense, packed)
     auto = Engine.from_pretrained(packed)
-    assert auto.model.quant == "ternary"
+    assert auto.quant == "ternary"
     again = Engine.from_pretrained(dense, quant="ternary")
     assert torch.equal(auto.logits(IDS), again.logits(IDS))
-    assert Engine.from_pretrained(packed, backend="reference").model.quant != "ternary"
+    assert Engine.from_pretrained(packed, backend="reference").quant != "ternary"
     text = auto.generate(token_ids=IDS, max_new_tokens=5)
     assert len(text.token_ids) == 5
 

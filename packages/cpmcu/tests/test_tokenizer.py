@@ -257,3 +257,13 @@ def test_hostile_templates_are_stopped(hostile):
 def test_template_syntax_error():
     with pytest.raises(ValueError, match="here: the chat template is not valid Jinja"):
         ChatTemplate("{% if %}", "here", {})
+
+
+def test_an_absurd_token_id_takes_no_memory(smollm2_folder, tmp_path):
+    """Found by fuzzing: one id of four billion was a table of 32 GB."""
+    description = json.loads((smollm2_folder / "tokenizer.json").read_text())
+    token = next(iter(description["model"]["vocab"]))
+    description["model"]["vocab"][token] = 2**32 - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="token id 4294967295 is above"):
+        tokenizer.from_folder(tmp_path)

@@ -21,7 +21,17 @@ DType = Annotated[
 ]
 Quant = Annotated[
     str,
-    typer.Option(help="Weights in memory: float32, bfloat16, int8, int4 (auto: as --dtype)."),
+    typer.Option(
+        help="Weights in memory: float32, bfloat16, int8, int4, ternary (auto: as the file has "
+        "them, or as --dtype)."
+    ),
+]
+Sparse = Annotated[
+    str,
+    typer.Option(
+        help="InfLLM v2 attention: on, off, or auto: as the model's config.json says. It begins "
+        "where a budget of 96 blocks of 64 keys, or the model's own, is exceeded."
+    ),
 ]
 Backend = Annotated[
     str, typer.Option(help="cpu (C++), reference (PyTorch), or auto: the first that can run.")
@@ -40,6 +50,19 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tex
 RepeatableStop = Annotated[
     list[str] | None, typer.Option(help="End before this text; may be repeated.")
 ]
+MinP = Annotated[
+    float, typer.Option(help="Keep tokens at least this fraction as likely as the best.")
+]
+Limit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-limit", help="Bytes for weights, cache and activations: 800M, 4GiB, ..."
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output instead.")
+]
+
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -92,6 +115,7 @@ def load(
     model: str,
     dtype: str,
     quant: str,
+    sparse: str,
     backend: str,
     threads: int | None,
     max_context: int | None,
@@ -105,6 +129,7 @@ def load(
             model,
             dtype=dtype,
             quant=quant,
+            sparse=sparse,
             backend=backend,
             threads=threads,
             max_context=max_context,

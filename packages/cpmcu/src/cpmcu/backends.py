@@ -6,6 +6,7 @@ import torch
 
 from cpmcu import cpu_backend, cpu_library, cpu_ternary, plan, reference
 from cpmcu.cpu_weights import pack_model
+from cpmcu.loader import Source
 from cpmcu.spec import ModelSpec
 from cpmcu.weights import Weights
 
@@ -39,10 +40,13 @@ def choose(backend: str, quant: str, spec: ModelSpec, dtype: torch.dtype) -> str
     raise ValueError("; ".join(reasons))
 
 
-def packed_ternary(backend: str, spec: ModelSpec, dtype: torch.dtype) -> str:
-    """ "ternary" where the native backend may run and has the kernels, else "auto"."""
-    able = cpu_backend.is_supported(spec, dtype)[0] and cpu_ternary.is_supported()[0]
-    return "ternary" if able and backend in ("auto", "cpu") else "auto"
+def stored_quant(source: Source, backend: str, spec: ModelSpec, dtype: torch.dtype) -> str | None:
+    """The kind of weights that a file holds and the backend keeps as they are; None: neither."""
+    if choose(backend, "auto", spec, dtype) != "cpu":
+        return None
+    if source.kind == "ternary":
+        return "ternary" if cpu_ternary.is_supported()[0] else None
+    return source.quant
 
 
 def decoder(

@@ -1,4 +1,4 @@
-"""The `cpmcu` command: generate, chat, plan, bench, selfcheck."""
+"""The `cpmcu` command: generate, chat, plan, bench, selfcheck; `commands` has the others."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from typing import Annotated
 
 import typer
 
-from cpmcu import _cli
+from cpmcu import _cli, commands
 from cpmcu._cli_options import (
     Backend,
     ContextLimit,
     DType,
+    Json,
+    Limit,
+    MinP,
     Model,
     Penalty,
     Quant,
     RepeatableStop,
     Seed,
+    Sparse,
     Temperature,
     Threads,
     TopK,
@@ -37,20 +41,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Run language models on this machine. MODEL is a folder with safetensors (a transformers "
-    "model, or one packed by bitcpm) or a .gguf file.",
+    "model, one packed by bitcpm, or one that `quantize` made) or a .gguf file.",
 )
-MinP = Annotated[
-    float, typer.Option(help="Keep tokens at least this fraction as likely as the best.")
-]
-Limit = Annotated[
-    str | None,
-    typer.Option(
-        "--memory-limit", help="Bytes for weights, cache and activations: 800M, 4GiB, ..."
-    ),
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on standard output instead.")
-]
+app.command()(commands.quantize)
+app.command()(commands.convert)
 
 
 @app.command()
@@ -78,6 +72,7 @@ def generate(
     stop: RepeatableStop = None,
     dtype: DType = "auto",
     quant: Quant = "auto",
+    sparse: Sparse = "auto",
     backend: Backend = "auto",
     threads: Threads = None,
     max_context: ContextLimit = None,
@@ -91,7 +86,7 @@ def generate(
     from cpmcu.results import Stream
 
     source = read_prompt(prompt, prompt_file, messages)
-    engine = load(model, dtype, quant, backend, threads, max_context, memory_limit)
+    engine = load(model, dtype, quant, sparse, backend, threads, max_context, memory_limit)
     stream = engine.generate(
         **source,
         max_new_tokens=max_new_tokens,
@@ -130,6 +125,7 @@ def chat(
     seed: Seed = None,
     dtype: DType = "auto",
     quant: Quant = "auto",
+    sparse: Sparse = "auto",
     backend: Backend = "auto",
     threads: Threads = None,
     max_context: ContextLimit = None,
@@ -144,7 +140,7 @@ def chat(
     """
     from cpmcu import chat as conversation
 
-    engine = load(model, dtype, quant, backend, threads, max_context, memory_limit)
+    engine = load(model, dtype, quant, sparse, backend, threads, max_context, memory_limit)
     conversation.run(
         engine,
         system=system,
@@ -167,6 +163,7 @@ def plan(
     ] = None,
     dtype: DType = "auto",
     quant: Quant = "auto",
+    sparse: Sparse = "auto",
     memory_limit: Limit = None,
     bandwidth: Annotated[
         str | None,
@@ -184,6 +181,7 @@ def plan(
         model,
         dtype=dtype,
         quant=quant,
+        sparse=sparse,
         context=context,
         memory_limit=memory_limit_bytes(memory_limit),
         bandwidth=None if bandwidth is None else parse_bytes(bandwidth, "--bandwidth"),
@@ -229,6 +227,7 @@ def bench(
     ] = 3,
     dtype: DType = "auto",
     quant: Quant = "auto",
+    sparse: Sparse = "auto",
     backend: Backend = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -243,19 +242,19 @@ def bench(
     except ValueError:
         message = f"--prompt-tokens must be integers and commas, got '{prompt_tokens}'"
         raise ValueError(message) from None
-    engine = load(model, dtype, quant, backend, threads, None, None)
+    engine = load(model, dtype, quant, sparse, backend, threads, None, None)
     with working("timing") as progress:
         rows = timing.run(
             engine, lengths, new_tokens=new_tokens, repeats=repeats, progress=progress
         )
     kind = str(engine.dtype).removeprefix("torch.")
-    used, count = engine.model, engine.model.threads or torch.get_num_threads()
+    count = engine.threads or torch.get_num_threads()
     if as_json:
-        facts = {"model": model, "dtype": kind, "quant": used.quant, "backend": used.backend}
+        facts = {"model": model, "dtype": kind, "quant": engine.quant, "backend": engine.backend}
         print(json.dumps(facts | {"threads": count, "rows": [r.to_dict() for r in rows]}))
         return
     print_table(
-        f"{model}: {used.quant} weights, {used.backend}, {count} threads, median of {repeats}",
+        f"{model}: {engine.quant} weights, {engine.backend}, {count} threads, median of {repeats}",
         ("prompt tokens", "prefill tok/s", "decode tok/s"),
         [
             (

@@ -63,7 +63,7 @@ class Decoder:
         self._kept: list[Any] = []  # tensors that arguments point into
         self._step = c.Step()
         self._at = ctypes.addressof(self._step)
-        self._packs: dict[tuple[int, int], Any] = {}
+        self._packs: dict[tuple[int, int, int], Any] = {}
         self._rows: dict[int, Tensor] = {}
         self._x = self._floats(spec.hidden)
         self._qkv = self._floats(spec.qkv_rows)
@@ -166,11 +166,11 @@ class Decoder:
         )  # fmt: skip
 
     def _packed(self, reader: PackedMatrix | TernaryWeights) -> Any:
-        """Rows as `reader` wants them. One buffer for each width: at most one of a width is in use
-        at any time.
+        """Rows as `reader` wants them. One buffer for each width and kind, for at most one is in
+        use at any time.
         """
         m = reader.struct
-        key = m.cols, m.kind
+        key = m.cols, m.kind, m.group
         if key not in self._packs:
             if m.kind == c.ROWS:
                 rows = self._rows[m.cols] = self._room(self.chunk, m.cols, torch.float32)

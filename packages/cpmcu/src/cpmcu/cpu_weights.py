@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cpmcu import cpu_library as c
 from cpmcu import cpu_ternary
+from cpmcu.codes import Codes
 from cpmcu.cpu_ternary import TernaryWeights
 from cpmcu.rounding import GROUP
 from cpmcu.spec import ModelSpec
@@ -38,17 +39,19 @@ class PackedMatrix:
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
-def pack(weight: Tensor, kind: int, pool: c.Pool) -> PackedMatrix:
-    """Lay out weights; integers are quantised, 32 columns to a scale.
+def pack(weight: Tensor | Codes, kind: int, pool: c.Pool) -> PackedMatrix:
+    """Lay out weights; integers are quantised, 32 columns to a scale. Codes stay as they are.
 
     Args:
-        weight: `[rows, cols]`, float32 or bfloat16.
-        kind: FLOAT32, BFLOAT16, INT8 or INT4 of `cpu_library`.
+        weight: `[rows, cols]`, float32 or bfloat16, or codes.
+        kind: FLOAT32, BFLOAT16, INT8 or INT4 of `cpu_library`; codes have their own.
         pool: threads that do it.
 
     Raises:
         ValueError: the columns do not fill the layout's units.
     """
+    if isinstance(weight, Codes):
+        return pack_codes(weight)
     rows, cols = weight.shape
     unit = {c.FLOAT32: 1, c.BFLOAT16: 2}.get(kind, GROUP)
     if cols % unit:
@@ -65,6 +68,26 @@ def pack(weight: Tensor, kind: int, pool: c.Pool) -> PackedMatrix:
     matrix.data, matrix.scales = data.data_ptr(), c.address(scales)
     args = c.LayOutArgs(weight.data_ptr(), cols, matrix, c.DTYPES[weight.dtype], 0)
     pool.run(c.Records([("lay_out", args)]))
+    return PackedMatrix(data, scales, matrix)
+
+
+def pack_codes(weight: Codes) -> PackedMatrix:
+    """Lay out codes that a file holds: nothing is rounded."""
+    (rows, cols), group = weight.shape, weight.group
+    panels = -(-rows // 16)
+    codes = torch.zeros(panels * 16, cols, dtype=torch.int16)
+    codes[:rows] = weight.codes
+    if weight.bits == 8:
+        data = (codes + 128).to(torch.uint8).view(panels, 16, cols // 4, 4)
+    else:
+        low, high = (codes + 8).to(torch.uint8).view(panels, 16, cols // 8, 2, 4).unbind(3)
+        data = low | high << 4
+    scales = torch.zeros(panels * 16, cols // group, dtype=torch.float16)
+    scales[:rows] = weight.scales
+    data = data.transpose(1, 2).contiguous()
+    scales = scales.view(panels, 16, -1).transpose(1, 2).contiguous().view(torch.int16)
+    matrix = c.Matrix(data.data_ptr(), scales.data_ptr(), rows, cols, KINDS[weight.quant], group)
+    assert data.nbytes == c.loaded().size("matrix_bytes", matrix)
     return PackedMatrix(data, scales, matrix)
 
 

@@ -15,6 +15,7 @@ from cpmcu.loader import Progress, Source
 from cpmcu.session import Loaded, Session
 from cpmcu.sparse import SparseAttention
 from cpmcu.spec import ModelSpec
+from cpmcu.tensors import load_codes
 from cpmcu.tokenizer import Tokenizer
 from cpmcu.weights import Weights
 
@@ -24,8 +25,7 @@ log = logging.getLogger("cpmcu")
 class Engine(Session):
     """A model, and a session on it; `session` opens others.
 
-    `model` holds what is loaded: `spec`, `tokenizer` (None: token ids only), `dtype`, `quant`,
-    `backend`, `max_context`. Make one with `from_pretrained`, or from a spec and filled weights.
+    Make one with `from_pretrained`, or from a spec and filled weights.
     """
 
     def __init__(
@@ -77,8 +77,7 @@ class Engine(Session):
             quant: weights in memory: "float32", "bfloat16", "int8" or "int4" (32 columns to a
                 scale), "ternary" (weights that are ternary already, kept exactly; needs bitcpm);
                 with the last two embedding and head have 8 bits, and with "ternary" matrices that
-                are not. "auto" takes "ternary" for a
-                folder packed by bitcpm where that can run, else `dtype`.
+                are not. "auto": as a quantised or packed file has them, exactly; otherwise `dtype`.
             sparse: "auto" attends as the model's config.json says (InfLLM v2 where it has a
                 `sparse_config`), "on" as MiniCPM4 does where it says nothing, "off" to all keys;
                 or the sizes, `SparseAttention(...)`.
@@ -98,22 +97,22 @@ class Engine(Session):
         source = Source(path)
         found = sparse_attention.resolve(sparse, source.spec.sparse)
         spec, compute = dataclasses.replace(source.spec, sparse=found), plan.resolve_dtype(dtype)
-        if quant == "auto" and source.kind == "ternary":
-            quant = backends.packed_ternary(backend, spec, compute)
-        plan.resolve_quant(quant, compute)
+        stored = backends.stored_quant(source, backend, spec, compute)
+        quant = plan.resolve_quant(quant, compute, stored)
         if memory_limit is not None:
             max_context = plan.fit_context(spec, compute, max_context, memory_limit, quant)
         max_context = plan.check_context(max_context, spec)
         backends.choose(backend, quant, spec, compute)  # before memory is taken
         words = tokenizer.load(source)
-        weights = source.load(compute, progress)
+        keep = stored is not None and quant == source.quant
+        weights = (load_codes if keep else Source.load)(source, compute, progress)
         engine = cls(spec, weights, words, quant=quant, sparse=found or "off", backend=backend,
                      max_context=max_context, threads=threads)  # fmt: skip
         log.info("%s: backend %s, %s weights, %s, %s attention, %d tokens of context", path,
-                 engine.model.backend, engine.model.quant, compute,
+                 engine.backend, engine.quant, compute,
                  "sparse" if found else "dense", max_context)  # fmt: skip
         return engine
 
     def session(self) -> Session:
         """Another sequence on this model, with a cache of its own."""
-        return Session(self.model)
+        return Session(self._model)

@@ -166,6 +166,11 @@ class GGUFFile:
             tensors[name] = TensorInfo(name, shape, kind, start + offset, nbytes)
         return tensors
 
+    def raw(self, name: str) -> np.ndarray:
+        """The bytes of a tensor, uint8, as they lie in the file."""
+        info = self.tensors[name]
+        return np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
+
     def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Dequantised fp32 pieces of a tensor: first row (index of axis 0), [rows, ...]."""
         from gguf.constants import GGML_QUANT_SIZES
@@ -176,7 +181,7 @@ class GGUFFile:
         width = prod(info.shape[1:]) if len(info.shape) > 1 else info.shape[0]
         rows = prod(info.shape) // width
         row_bytes = width // block * size
-        raw = np.frombuffer(self._data, np.uint8, info.nbytes, info.offset).reshape(rows, row_bytes)
+        raw = self.raw(name).reshape(rows, row_bytes)
         step = max(1, _PIECE // width)
         for first in range(0, rows, step):
             piece = raw[first : first + step]

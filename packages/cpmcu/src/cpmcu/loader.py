@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cpmcu import gguf_codes, layout
 from cpmcu._fields import Fields, read_json
 from cpmcu.gguf_file import GGUFFile
 from cpmcu.spec import ModelSpec, from_folder
@@ -24,7 +25,10 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class Source:
-    """A model on disk: its `spec`, its `kind` ("safetensors", "gguf", "ternary"), its bytes.
+    """A model on disk: its `spec`, its `kind` ("safetensors", "quantised", "gguf", "ternary").
+
+    `quant` is the kind of weights that most of it is stored in, where the kernels have it: "int4",
+    "int8" or None.
 
     Raises FileNotFoundError where nothing, or no weights, lie at `path`, and ValueError where the
     metadata is wrong. Reads headers only.
@@ -36,11 +40,12 @@ class Source:
         if self.path.suffix == ".gguf" or self.path.is_file():
             self.gguf = GGUFFile(self.path)
             self.kind, self.spec, self.files = "gguf", from_gguf(self.gguf), [self.path]
+            self.quant = gguf_codes.quant_of(self.gguf)
             return
         if not self.path.is_dir():
             raise FileNotFoundError(f"{path}: no such model; expected a folder or a .gguf file")
         self.spec = from_folder(self.path)
-        self.kind = _folder_kind(read_json(self.path / "config.json"))
+        self.kind, self.quant = _folder_kind(read_json(self.path / "config.json"))
         self.files = _shards(self.path)
 
     @property
@@ -49,7 +54,12 @@ class Source:
         return sum(file.stat().st_size for file in self.files)
 
     def load(self, dtype: torch.dtype, progress: Progress | None = None) -> Weights:
-        """All weights in `dtype`. `progress(done, total)` is called per tensor."""
+        """All weights in `dtype`. `progress(done, total)` is called per tensor.
+
+        `tensors.load_codes` keeps the codes of a quantised model instead.
+        """
+        if self.kind == "quantised":
+            return _load_quantised(self, dtype, progress)
         if self.gguf is not None:
             return _load_gguf(self.gguf, self.spec, dtype, progress)
         if self.kind == "ternary":
@@ -57,14 +67,17 @@ class Source:
         return _load_safetensors(self.path, self.files, self.spec, dtype, progress)
 
 
-def _folder_kind(config: Fields) -> str:
+def _folder_kind(config: Fields) -> tuple[str, str | None]:
     quantisation = config.child("quantization_config")
     if quantisation is None:
-        return "safetensors"
+        return "safetensors", None
     method = quantisation.text("quant_method")
+    if method == layout.METHOD:
+        return "quantised", layout.quant_of(quantisation)
     if method != "bitcpm":
-        raise quantisation.error("quant_method", f"is '{method}', supported is 'bitcpm' (or none)")
-    return "ternary"
+        known = f"'{layout.METHOD}', 'bitcpm' (or none)"
+        raise quantisation.error("quant_method", f"is '{method}', supported are {known}")
+    return "ternary", None
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -92,7 +105,8 @@ def _shards(folder: Path) -> list[Path]:
     )
 
 
-def _opened(file: Path):  # noqa: ANN202 - safetensors.safe_open has no public type
+def opened(file: Path):  # noqa: ANN202 - safetensors.safe_open has no public type
+    """A safetensors file; ValueError where it is none."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -101,13 +115,20 @@ def _opened(file: Path):  # noqa: ANN202 - safetensors.safe_open has no public t
         raise ValueError(f"{file}: not a valid safetensors file ({error}); copy it again") from None
 
 
-def _clean(name: str) -> str | None:
+def clean_name(name: str) -> str | None:
     """The slot's name; None for buffers of old checkpoints that are computed, not stored."""
     name = name.removeprefix("model.")
     return None if name.endswith("rotary_emb.inv_freq") else name
 
 
-def _check(found: Mapping[str, tuple[int, ...]], spec: ModelSpec, where: Path) -> None:
+def check_dtype(name: str, kind: str, file: Path) -> None:
+    """ValueError unless `kind`, safetensors' name of a dtype, is one of floats."""
+    if kind not in _DTYPES:
+        known = ", ".join(_DTYPES)
+        raise ValueError(f"{file}: tensor '{name}' has dtype {kind}, expected one of {known}")
+
+
+def check_tensors(found: Mapping[str, tuple[int, ...]], spec: ModelSpec, where: Path) -> None:
     """ValueError unless the file holds exactly the tensors of the spec."""
     wanted = spec.tensors()
     missing = [name for name in wanted if name not in found]
@@ -135,24 +156,20 @@ def _load_safetensors(
     found: dict[str, tuple[int, ...]] = {}
     origin: dict[str, tuple[Path, str]] = {}
     for file in files:
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for stored in tensors.keys():
-                name, part = _clean(stored), tensors.get_slice(stored)
+                name, part = clean_name(stored), tensors.get_slice(stored)
                 if name is None:
                     continue
-                if part.get_dtype() not in _DTYPES:
-                    raise ValueError(
-                        f"{file}: tensor '{stored}' has dtype {part.get_dtype()}, "
-                        f"expected one of {', '.join(_DTYPES)}"
-                    )
+                check_dtype(stored, part.get_dtype(), file)
                 if name in origin:
                     raise ValueError(f"{file}: tensor '{stored}' is also in {origin[name][0].name}")
                 found[name], origin[name] = tuple(part.get_shape()), (file, stored)
-    _check(found, spec, folder)
+    check_tensors(found, spec, folder)
     weights = allocate(spec, dtype)
     done = 0
     for file in files:
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for name, (where, stored) in origin.items():
                 if where == file and name in weights.slots:
                     try:
@@ -162,7 +179,7 @@ def _load_safetensors(
                             f"{file}: tensor '{stored}' is unreadable ({error})"
                         ) from None
                     done += 1
-                    _report(progress, done, len(weights.slots))
+                    report(progress, done, len(weights.slots))
     return weights
 
 
@@ -172,7 +189,7 @@ def _load_gguf(
     names = {transformers_name(name): name for name in file.tensors}
     names.pop(None, None)
     found = {name: file.tensors[stored].shape for name, stored in names.items() if name is not None}
-    _check(found, spec, file.path)
+    check_tensors(found, spec, file.path)
     weights = allocate(spec, dtype)
     for done, (name, slot) in enumerate(weights.slots.items(), start=1):
         stored = names[name]
@@ -186,13 +203,23 @@ def _load_gguf(
                 slot[first : first + len(piece)].copy_(piece) if slot.dim() > 1 else slot.copy_(
                     piece
                 )
-        _report(progress, done, len(weights.slots))
+        report(progress, done, len(weights.slots))
     return weights
 
 
-def _load_ternary(
-    folder: Path, spec: ModelSpec, dtype: torch.dtype, progress: Progress | None
-) -> Weights:
+def _load_quantised(source: Source, dtype: torch.dtype, progress: Progress | None) -> Weights:
+    from cpmcu.tensors import Tensors
+
+    with Tensors(source) as tensors:
+        weights = allocate(source.spec, dtype)
+        for done, (name, slot) in enumerate(weights.slots.items(), start=1):
+            slot.copy_(tensors.read(name))
+            report(progress, done, len(weights.slots))
+    return weights
+
+
+def ternary_tensors(folder: Path) -> Mapping[str, Tensor]:
+    """All tensors of a folder packed by bitcpm, expanded; ImportError without bitcpm."""
     try:
         from bitcpm import load_packed
     except ImportError:
@@ -200,16 +227,23 @@ def _load_ternary(
             f"{folder}: packed ternary weights need bitcpm: pip install minicpm4-bitcpm "
             "(in a clone: pip install ./packages/bitcpm)"
         ) from None
-    tensors: Mapping[str, Tensor] = load_packed(folder)
-    named = {name: tensor for stored, tensor in tensors.items() if (name := _clean(stored))}
-    _check({name: tuple(tensor.shape) for name, tensor in named.items()}, spec, folder)
+    return load_packed(folder)
+
+
+def _load_ternary(
+    folder: Path, spec: ModelSpec, dtype: torch.dtype, progress: Progress | None
+) -> Weights:
+    tensors = ternary_tensors(folder)
+    named = {name: tensor for stored, tensor in tensors.items() if (name := clean_name(stored))}
+    check_tensors({name: tuple(tensor.shape) for name, tensor in named.items()}, spec, folder)
     weights = allocate(spec, dtype)
     for done, (name, slot) in enumerate(weights.slots.items(), start=1):
         slot.copy_(named[name])
-        _report(progress, done, len(weights.slots))
+        report(progress, done, len(weights.slots))
     return weights
 
 
-def _report(progress: Progress | None, done: int, total: int) -> None:
+def report(progress: Progress | None, done: int, total: int) -> None:
+    """Call `progress`, if there is one."""
     if progress is not None:
         progress(done, total)

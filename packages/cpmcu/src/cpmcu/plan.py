@@ -79,15 +79,15 @@ def native_bf16() -> bool:
 _BITS = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5, "ternary": 1.75}
 
 
-def resolve_quant(quant: str, dtype: torch.dtype) -> str:
-    """The kind of weights in memory; "auto" is `dtype`.
+def resolve_quant(quant: str, dtype: torch.dtype, stored: str | None = None) -> str:
+    """The kind of weights in memory; "auto" is `stored`, that of the file, or else `dtype`.
 
     Raises:
         ValueError: unknown.
     """
     if quant not in ("auto", *_BITS):
         raise ValueError(f"quant must be one of {', '.join(('auto', *_BITS))}, got {quant!r}")
-    return str(dtype).removeprefix("torch.") if quant == "auto" else quant
+    return (stored or str(dtype).removeprefix("torch.")) if quant == "auto" else quant
 
 
 def weight_bytes(spec: ModelSpec, quant: str) -> int:
@@ -201,7 +201,8 @@ def make(
     source = Source(path)
     spec, compute = source.spec, resolve_dtype(dtype)
     spec = dataclasses.replace(spec, sparse=sparse_attention.resolve(sparse, spec.sparse))
-    quant = resolve_quant(quant, compute)
+    stored = "ternary" if source.kind == "ternary" else source.quant
+    quant = resolve_quant(quant, compute, stored)
     context = spec.max_context if context is None else context
     if not 1 <= context <= spec.max_context:
         raise ValueError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from cpmcu.codes import BITS, nearest
 
 GROUP = 32  # columns of a row that share a scale
 
@@ -21,13 +22,6 @@ def rounded(weight: Tensor, quant: str) -> Tensor:
     Returns:
         float32 `[rows, cols]`.
     """
-    x = weight.float()
-    if quant not in ("int8", "int4"):
-        return x
-    groups = x.unflatten(1, (-1, GROUP))
-    extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    wanted = extreme.abs() / 127 if quant == "int8" else -extreme / 8
-    scale = wanted.half().float()
-    low, high = (-128, 127) if quant == "int8" else (-8, 7)
-    codes = torch.where(scale == 0, 0.0, (groups * (1 / scale))).round().clamp(low, high)
-    return (codes * scale).flatten(1)
+    if quant not in BITS:
+        return weight.float()
+    return nearest(weight, BITS[quant], GROUP).dequantise()

@@ -50,14 +50,16 @@ class Loaded:
 
 
 class Session:
-    """A sequence: `tokens` are the ids now in its cache. Make one with `Engine.session`; an engine
-    is its own first. One session is not for concurrent calls from several threads, those of an
-    engine take turns.
+    """A sequence: `tokens` are the ids now in its cache, the other attributes as in `Loaded`.
+
+    Make one with `Engine.session`; an engine is its own first. One session is not for concurrent
+    calls from several threads, those of an engine take turns.
     """
 
     def __init__(self, model: Loaded) -> None:
-        self.model, self.spec, self.tokenizer = model, model.spec, model.tokenizer
-        self.dtype, self.max_context = model.dtype, model.max_context
+        self._model, self.spec, self.tokenizer = model, model.spec, model.tokenizer
+        self.dtype, self.quant, self.backend = model.dtype, model.quant, model.backend
+        self.max_context, self.threads = model.max_context, model.threads
         self.tokens: list[int] = []
         self._decoder = model.decoder
         self._cache = KVCache(model.spec, model.dtype, model.max_context)
@@ -79,7 +81,7 @@ class Session:
         Raises:
             ValueError: it is empty.
         """
-        saving.save(path, self.model, self.tokens, self._cache)
+        saving.save(path, self._model, self.tokens, self._cache)
 
     def restore(self, path: str | Path) -> None:
         """Go on with a sequence that `save` wrote, in place of the present one, which is gone
@@ -90,7 +92,7 @@ class Session:
             ValueError: the file is damaged, of another model, or longer than `max_context`.
         """
         self.reset()
-        self.tokens = saving.restore(path, self.model, self._cache)
+        self.tokens = saving.restore(path, self._model, self._cache)
 
     def prefill(self, token_ids: Sequence[int]) -> Tensor:
         """Append tokens to the sequence; the logits after the last, fp32 [vocab].
@@ -266,7 +268,7 @@ class Session:
             if not len(chunk):
                 continue
             try:
-                with self.model.turn, thread_count.using(self.model.threads):
+                with self._model.turn, thread_count.using(self._model.threads):
                     result = self._decoder.forward(chunk, self._cache, length=length, every=every)
             except BaseException:  # Ctrl-C in the middle of a chunk: the sequence stays what it was
                 self._cache.length = len(self.tokens)

@@ -49,9 +49,24 @@ def transformers_name(name: str) -> str | None:
     return name
 
 
-def interleaved_heads(spec: ModelSpec, name: str) -> int:
-    """Number of heads whose rows llama.cpp interleaved in the transformers tensor `name`, or 0."""
-    if spec.architecture not in _INTERLEAVED:
+def gguf_name(name: str) -> str:
+    """The GGUF name of a transformers tensor (less "model."): undoes `transformers_name`."""
+    outer = {theirs: ours for ours, theirs in _TOP.items()}
+    if name in outer:
+        return outer[name]
+    _, number, part = name.split(".", 2)
+    stem, _, suffix = part.rpartition(".")
+    layer = {theirs: ours for ours, theirs in _LAYER.items()}
+    found = layer[part] if part in layer else f"{layer[stem]}.{suffix}"
+    return f"blk.{number}.{found}"
+
+
+def interleaved_heads(spec: ModelSpec, name: str, architecture: str | None = None) -> int:
+    """Number of heads whose rows llama.cpp interleaves in the transformers tensor `name`, or 0.
+
+    `architecture` is its name for the model, where that is not the spec's.
+    """
+    if (architecture or spec.architecture) not in _INTERLEAVED:
         return 0
     return {"q_proj": spec.heads, "k_proj": spec.kv_heads}.get(name.rsplit(".", 2)[-2], 0)
 

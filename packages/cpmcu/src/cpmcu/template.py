@@ -12,7 +12,8 @@ _FAULTS = (TypeError, KeyError, AttributeError, RecursionError, ArithmeticError,
 
 
 class ChatTemplate:
-    """A compiled chat template. `source` names it in errors, `tokens` are its constants.
+    """A compiled chat template. `source` names it in errors, `tokens` are its constants, `text` is
+    the program.
 
     Templates are untrusted programs: they run in Jinja's immutable sandbox, which has no access
     to attributes that lead out of the data.
@@ -28,7 +29,7 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _tojson
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-        self._source, self._tokens = source, dict(tokens)
+        self.text, self._source, self._tokens = text, source, dict(tokens)
         try:
             self._template = environment.from_string(text)
         except (TemplateError, RecursionError) as error:

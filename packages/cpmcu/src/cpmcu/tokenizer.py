@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cpmcu.loader import Source
 
 Message = Mapping[str, Any]
+_MOST_IDS = 1 << 24  # a table of all is made
 
 
 class Tokenizer:
@@ -114,7 +115,8 @@ def load(source: Source) -> Tokenizer | None:
     if source.gguf is not None:
         from cpmcu.tokenizer_gguf import from_gguf
 
-        return from_gguf(source.gguf) if "tokenizer.ggml.model" in source.gguf.metadata else None
+        kind = source.gguf.metadata.get("tokenizer.ggml.model", "none")
+        return None if kind == "none" else from_gguf(source.gguf)
     return from_folder(source.path) if (source.path / "tokenizer.json").is_file() else None
 
 
@@ -196,7 +198,10 @@ def _token_bytes(backend: Any) -> list[bytes]:
         )
     added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
     vocabulary = backend.get_vocab(with_added_tokens=False)
-    table = [b""] * (max([*vocabulary.values(), *added], default=-1) + 1)
+    highest = max([*vocabulary.values(), *added], default=-1)
+    if highest >= _MOST_IDS:
+        raise ValueError(f"tokenizer.json: token id {highest} is above {_MOST_IDS - 1}")
+    table = [b""] * (highest + 1)
     for text, i in vocabulary.items():
         table[i] = convert(text)
     for i, text in added.items():

@@ -65,20 +65,30 @@ def _strings(fields: Fields, name: str) -> list[str]:
     return value
 
 
-def _byte_level(fields: Fields, tokens: list[str]) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+PRE_TOKENIZERS = (*_DIGITS_THEN_GPT2, "gpt-2", "default", *_SPLITS)
 
-    pre = fields.text("tokenizer.ggml.pre", "default")
-    if pre in _SPLITS:
-        split = pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated")
+
+def pre_tokenizer(name: str) -> Any:
+    """The rule behind one of llama.cpp's names in `PRE_TOKENIZERS`."""
+    from tokenizers import Regex, pre_tokenizers
+
+    if name in _SPLITS:
+        split = pre_tokenizers.Split(Regex(_SPLITS[name]), "isolated")
         words = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    elif pre in _DIGITS_THEN_GPT2:
+    elif name in _DIGITS_THEN_GPT2:
         digits = pre_tokenizers.Digits(individual_digits=True)
         words = [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    elif pre in _GPT2:
-        words = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     else:
-        known = ", ".join((*_GPT2, *_DIGITS_THEN_GPT2, *_SPLITS))
+        words = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    return pre_tokenizers.Sequence(words)
+
+
+def _byte_level(fields: Fields, tokens: list[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models
+
+    pre = fields.text("tokenizer.ggml.pre", "default")
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
         raise fields.error("tokenizer.ggml.pre", f"is '{pre}', supported are {known}")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = []
@@ -90,7 +100,7 @@ def _byte_level(fields: Fields, tokens: list[str]) -> Any:
     # Llama 3 looks whole words up first: some of its tokens are unreachable by merges.
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
     backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(words)
+    backend.pre_tokenizer = pre_tokenizer(pre)
     backend.decoder = decoders.ByteLevel()
     return backend
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cpmcu.codes import Codes
 from cpmcu.spec import ModelSpec
 
 
@@ -15,15 +16,16 @@ class Layer:
     """One decoder layer's weights.
 
     `qkv` [(heads + 2 kv_heads) * head_dim, hidden] stacks queries, keys and values and `gate_up`
-    [2 ffn, hidden] gate and up: same arithmetic, fewer and larger products.
+    [2 ffn, hidden] gate and up: same arithmetic, fewer and larger products. Matrices are
+    tensors, or the codes of a quantised model.
     """
 
     attention_norm: Tensor
-    qkv: Tensor
-    output: Tensor
+    qkv: Tensor | Codes
+    output: Tensor | Codes
     ffn_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Tensor | Codes
+    down: Tensor | Codes
     qkv_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
@@ -37,10 +39,10 @@ class Weights:
     embeddings `head` is the same memory as `embedding`.
     """
 
-    embedding: Tensor
+    embedding: Tensor | Codes
     layers: list[Layer]
     norm: Tensor
-    head: Tensor
+    head: Tensor | Codes
     slots: dict[str, Tensor] = field(repr=False)
 
     @property

@@ -137,7 +137,7 @@ def _measure(
             "prefill_tokens_per_second": statistics.median(prefill),
             "decode_tokens_per_second": statistics.median(decode) if decode else 0.0,
             "peak_memory_bytes": peak_bytes(),
-            "weights": engine.model.quant,
+            "weights": engine.quant,
         },
     }
 

@@ -1,0 +1,121 @@
+"""The commands that write models: quantize and convert."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cpmcu._cli_options import Json, Model, print_table, size, working
+
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="Folder (or file) to write.", show_default=False)
+]
+
+
+def quantize(
+    model: Model,
+    out: Out,
+    method: Annotated[
+        str, typer.Option(help="rtn (round to nearest), gptq, or p-gptq (MiniCPM4's).")
+    ] = "p-gptq",
+    bits: Annotated[int, typer.Option(help="4 or 8; embedding and head have 8.")] = 4,
+    group: Annotated[int, typer.Option(help="Columns to a scale: 32, 64 or 128.")] = 32,
+    calib: Annotated[
+        Path | None,
+        typer.Option(help="Text for gptq and p-gptq: plain, or .jsonl with a field 'text'."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Pieces of the text.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens of a piece.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Draws the pieces.")] = 0,
+    damp: Annotated[
+        float, typer.Option(help="Part of the Hessian's mean diagonal that is added to it.")
+    ] = 0.01,
+    act_order: Annotated[
+        bool, typer.Option("--act-order", help="Round columns of the largest inputs first.")
+    ] = False,
+    search: Annotated[
+        bool | None,
+        typer.Option(
+            "--search/--no-search",
+            help="Choose scales by their squared error, not by the largest weight; default: all "
+            "methods but rtn.",
+        ),
+    ] = None,
+    skip: Annotated[
+        int, typer.Option(help="First positions that p-gptq leaves out of the Hessian.")
+    ] = 4,
+    as_json: Json = False,
+) -> None:
+    """Write MODEL with weights of 4 or 8 bits.
+
+    Layer by layer, in the memory of one. Interrupted or killed, the same command goes on after the
+    last finished layer. The result runs wherever MODEL does; docs/layout.md describes its files.
+    """
+    from cpmcu.quantise import PARTS, quantise
+
+    start = time.perf_counter()
+    with working("quantising") as progress:
+        report = quantise(
+            model, out, calib=calib, progress=progress, method=method, bits=bits, group=group,
+            samples=samples, length=length, seed=seed, damp=damp, act_order=act_order,
+            search=search, skip=skip,
+        )  # fmt: skip
+    seconds = time.perf_counter() - start
+    if as_json:
+        print(json.dumps({**report.to_dict(), "out": str(out), "seconds": round(seconds, 1)}))
+        return
+    rows = []
+    for part in PARTS:
+        errors = [layer[part] for layer in report.errors]
+        mean = sum(errors) / len(errors)
+        worst = max(range(len(errors)), key=lambda i: errors[i])
+        rows.append((part, f"{mean:.2%}", f"{errors[worst]:.2%}", worst))
+    what = "layers' outputs" if report.options.calibrated else "weights"
+    print_table(
+        f"{out}: {method}, {bits} bits, groups of {group}, {size(report.bytes)}",
+        ("matrix", f"error of the {what}, mean", "largest", "in layer"),
+        rows,
+    )
+    print(f"{seconds:.0f} s. Try it: cpmcu generate {out} --prompt 'Once upon a time'")
+
+
+def convert(
+    model: Model,
+    out: Out,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--type",
+            help="Of the matrices: auto (as they are stored), F32, F16, BF16, Q8_0, Q4_0; for GGUF "
+            "TQ2_0 too.",
+        ),
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write MODEL as a GGUF file (if OUT ends with .gguf) or as a folder.
+
+    Codes of 4 and 8 bits, of `quantize` or of Q4_0 and Q8_0, are passed on bit for bit. What is
+    rounded is said, with its error.
+    """
+    from cpmcu.convert import convert as write
+
+    with working("converting") as progress:
+        made = write(model, out, kind, progress)
+    if as_json:
+        print(json.dumps(made.to_dict()))
+        return
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(made.kinds.items()))
+    print(f"{made.path}: {size(made.bytes)}; tensors: {counts}")
+    if made.errors:
+        worst = max(made.errors, key=lambda name: made.errors[name])
+        mean = sum(made.errors.values()) / len(made.errors)
+        print(
+            f"{len(made.errors)} tensors were rounded: relative error {mean:.2e} in the mean, "
+            f"{made.errors[worst]:.2e} at most ({worst})"
+        )
+    else:
+        print("nothing was rounded")

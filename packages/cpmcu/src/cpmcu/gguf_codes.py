@@ -1,0 +1,78 @@
+"""ggml's block formats that the kernels hold exactly: Q4_0 and Q8_0, to codes and back.
+
+    Q4_0  32 weights, 18 bytes: float16 d, then byte m has code + 8 of weight m in its low and of
+          weight m + 16 in its high four bits.
+    Q8_0  32 weights, 34 bytes: float16 d, then 32 signed bytes.
+
+A weight is code * d in both. All other formats are expanded, and rounded anew if they are to have
+8 or 4 bits.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from cpmcu.codes import Codes
+
+if TYPE_CHECKING:
+    from cpmcu.gguf_file import GGUFFile
+
+SIZE = 32  # weights of a block
+KINDS = {"Q4_0": 4, "Q8_0": 8}
+
+
+def to_blocks(matrix: Codes) -> np.ndarray:
+    """Codes as bytes of Q4_0 (4 bits) or Q8_0, uint8 [O, bytes of a row]: nothing is rounded."""
+    matrix = matrix.regrouped(SIZE)
+    O, I = matrix.shape
+    scales = matrix.scales.numpy().reshape(O, I // SIZE, 1).view(np.uint8)
+    codes = matrix.codes.numpy().reshape(O, I // SIZE, SIZE)
+    if matrix.bits == 4:
+        shifted = (codes + 8).astype(np.uint8)
+        codes = shifted[..., : SIZE // 2] | shifted[..., SIZE // 2 :] << 4
+    return np.concatenate([scales, codes.view(np.uint8)], -1).reshape(O, -1)
+
+
+def from_blocks(raw: np.ndarray, bits: int) -> Codes:
+    """The inverse of `to_blocks`; `raw` uint8 [O, bytes of a row]."""
+    blocks = raw.reshape(len(raw), -1, 2 + SIZE * bits // 8)
+    scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+    codes = np.ascontiguousarray(blocks[..., 2:])
+    if bits == 4:
+        codes = np.concatenate([codes & 15, codes >> 4], -1).astype(np.int8) - np.int8(8)
+    codes = codes.view(np.int8).reshape(len(raw), -1)
+    return Codes(torch.from_numpy(codes), torch.from_numpy(scales.copy()), bits)
+
+
+def read(file: GGUFFile, name: str) -> Codes | None:
+    """The matrix `name` of a GGUF file as codes; None where its type is another.
+
+    Raises:
+        ValueError: a scale is not finite.
+    """
+    info = file.tensors[name]
+    bits = KINDS.get(info.kind.name)
+    if bits is None or len(info.shape) != 2:
+        return None
+    raw = file.raw(name).reshape(info.shape[0], info.nbytes // info.shape[0])
+    matrix = from_blocks(raw, bits)
+    if not bool(matrix.scales.isfinite().all()):
+        raise file.error(f"tensor '{name}' has a scale that is not finite: copy the file again")
+    return matrix
+
+
+def quant_of(file: GGUFFile) -> str | None:
+    """The kind of weights that most of a file's layers have: "int4" for Q4_0, "int8" for Q8_0.
+
+    None where the kernels have no such kind.
+    """
+    sizes: dict[str, int] = {}
+    for name, info in file.tensors.items():
+        if name.startswith("blk.") and len(info.shape) == 2:
+            sizes[info.kind.name] = sizes.get(info.kind.name, 0) + prod(info.shape)
+    most = max(sizes, key=lambda kind: sizes[kind], default="")
+    return f"int{KINDS[most]}" if most in KINDS else None

@@ -1,0 +1,204 @@
+"""Quantised files: what is stored is what is read, and what the kernels multiply."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from safetensors.torch import load_file, save_file
+
+from cpmcu import Engine, cpu_library, gguf_codes, layout
+from cpmcu.codes import Codes, nearest
+from cpmcu.cpu_weights import pack, pack_codes
+from cpmcu.loader import Source
+from cpmcu.quantise import quantise
+from cpmcu.tensors import Tensors
+
+IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
+native = pytest.mark.skipif(cpu_library.kernels()[0] is None, reason="no kernels")
+
+
+def random_codes(rows, cols, bits, group=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (-8, 8) if bits == 4 else (-128, 128)
+    codes = torch.randint(low, high, (rows, cols), generator=generator, dtype=torch.int8)
+    scales = torch.randn(rows, cols // group, generator=generator).half()
+    return Codes(codes, scales, bits)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bytes_hold_every_code(bits):
+    matrix = random_codes(7, 96, bits)
+    stored = layout.to_bytes(matrix)
+    assert stored.shape == (7, 48 if bits == 4 else 96)
+    assert torch.equal(layout.from_bytes(stored), matrix.codes)
+    if bits == 4:  # byte j: column 2 j low, 2 j + 1 high
+        assert int(stored[2, 5]) == int(matrix.codes[2, 10]) + 8 + 16 * (matrix.codes[2, 11] + 8)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_ggml_blocks_are_those_of_ggml(kind):
+    """Its own bytes are read to the numbers its dequantiser gives, and written back unchanged."""
+    quant, bits = GGMLQuantizationType[kind], gguf_codes.KINDS[kind]
+    raw = quantize(np.random.default_rng(0).normal(size=(5, 160)).astype(np.float32), quant)
+    matrix = gguf_codes.from_blocks(raw, bits)
+    assert np.array_equal(matrix.dequantise().numpy(), dequantize(raw, quant))
+    assert np.array_equal(gguf_codes.to_blocks(matrix), raw)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_any_group_goes_into_blocks_unrounded(kind, group):
+    quant, bits = GGMLQuantizationType[kind], gguf_codes.KINDS[kind]
+    matrix = random_codes(5, 256, bits, group)
+    held = dequantize(gguf_codes.to_blocks(matrix), quant)
+    assert np.array_equal(held, matrix.dequantise().numpy())
+
+
+@native
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_codes_and_rounded_weights_lie_alike(bits, rows):
+    """Laying out codes gives the bytes that the kernels make of the weights themselves."""
+    weight = torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows))
+    kind = {4: cpu_library.INT4, 8: cpu_library.INT8}[bits]
+    wanted = pack(weight, kind, cpu_library.Pool(1))
+    made = pack_codes(nearest(weight, bits))
+    assert torch.equal(made.data, wanted.data.view(made.data.shape))
+    # as numbers: rows that fill the last panel have scales 0 or -0
+    assert torch.equal(made.scales.flatten().view(torch.half), wanted.scales.view(torch.half))
+
+
+def rounding_inputs(group):
+    """The linear layer as the kernels have it: inputs in 8 bits, `group` columns to a scale."""
+
+    def linear(x, weight, bias=None):
+        groups = x.unflatten(-1, (-1, group))
+        step = groups.abs().amax(-1, keepdim=True) / 127
+        rounded = torch.where(step == 0, 0.0, (groups / step).round() * step).flatten(-2)
+        return plain_linear(rounded, weight, bias)
+
+    plain_linear = F.linear
+    return linear
+
+
+def agree(file, group, monkeypatch):
+    """The kernels on stored codes, and the reference on expanded weights with rounded inputs."""
+    ours = Engine.from_pretrained(file, dtype="float32", backend="cpu")
+    plain = Engine.from_pretrained(file, dtype="float32", backend="reference")
+    assert plain.quant == "float32"
+    got, exact = ours.logits(IDS), plain.logits(IDS)
+    monkeypatch.setattr(F, "linear", rounding_inputs(group))
+    wanted = plain.logits(IDS)
+    # 1e-5, but for a rounding that falls the other way here and there.
+    assert float((got - wanted).norm()) < 0.6 * float((exact - wanted).norm())
+    return ours
+
+
+@native
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_a_quantised_folder_runs_as_stored(tiny_folder, tmp_path, monkeypatch, bits, group):
+    """Metadata alone chooses the kernels."""
+    _, folder = tiny_folder("qwen2", hidden_size=128, intermediate_size=256)
+    out = tmp_path / "model"  # nothing in the path says what it is
+    quantise(folder, out, method="rtn", bits=bits, group=group)
+    assert agree(out, group, monkeypatch).quant == f"int{bits}"
+    with Tensors(Source(out)) as stored, Tensors(Source(folder)) as original:
+        name = "layers.1.mlp.down_proj.weight"
+        wanted = nearest(original.read(name), bits, group)
+        assert torch.equal(stored.read(name), wanted.dequantise())
+        assert torch.equal(original.read("norm.weight"), stored.read("norm.weight"))
+
+
+@native
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])  # rows of q and k are interleaved in llama
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_a_gguf_file_runs_as_stored(tiny_folder, to_gguf, tmp_path, monkeypatch, arch, kind):
+    model, _ = tiny_folder(arch)
+    file = to_gguf(model, tmp_path / "m.gguf", arch, kind=GGMLQuantizationType[kind])
+    ours = agree(file, 32, monkeypatch)
+    assert ours.quant == {"Q4_0": "int4", "Q8_0": "int8"}[kind]
+    weights = ours._decoder.weights
+    assert weights.layers[0].down.struct.kind == {"Q4_0": 3, "Q8_0": 2}[kind]
+
+
+@native
+def test_rounding_anew_is_asked_for_by_name(tiny_folder, tmp_path):
+    _, folder = tiny_folder("llama")
+    quantise(folder, tmp_path / "m", method="rtn", bits=4, group=64)
+    assert Engine.from_pretrained(tmp_path / "m", quant="int8").quant == "int8"
+    assert Engine.from_pretrained(tmp_path / "m", quant="float32").quant == "float32"
+
+
+def damaged(folder, change):
+    """`change(tensors)` on the tensors of the first shard that has codes."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = folder / index["model.layers.0.mlp.down_proj.weight.codes"]
+    tensors = load_file(shard)
+    change(tensors, "model.layers.0.mlp.down_proj.weight")
+    save_file(tensors, shard)
+
+
+def wide(tensors, name):
+    tensors[name + ".codes"] = tensors[name + ".codes"].to(torch.int16)
+
+
+def alone(tensors, name):
+    del tensors[name + ".scales"]
+
+
+def infinite(tensors, name):
+    tensors[name + ".scales"][3, 1] = torch.inf
+
+
+def narrow(tensors, name):
+    tensors[name + ".scales"] = tensors[name + ".scales"][:, :3].contiguous()
+
+
+def transposed(tensors, name):
+    for end in (".codes", ".scales"):
+        tensors[name + end] = tensors[name + end][:32].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wide, "has codes I16"),
+        (alone, "comes without its other part"),
+        (infinite, "is not finite"),
+        (narrow, "expected U8"),
+        (transposed, r"has shape \(32, 128\), expected \(64, 128\)"),
+    ],
+)
+def test_damaged_parts(tiny_folder, tmp_path, change, message):
+    _, folder = tiny_folder("llama")
+    quantise(folder, tmp_path / "m", method="rtn", bits=4, group=32)
+    damaged(tmp_path / "m", change)
+    with pytest.raises(ValueError, match=message):
+        Engine.from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("version", 2, "'version' is 2, this cpmcu reads 1"),
+        ("bits", 5, "'bits' must be one of"),
+        ("group_size", 48, "'group_size' must be one of"),
+        ("quant_method", "awq", "'quant_method' is 'awq'"),
+    ],
+)
+def test_metadata_of_another_kind(tiny_folder, tmp_path, field, value, message):
+    _, folder = tiny_folder("llama")
+    quantise(folder, tmp_path / "m", method="rtn", bits=4, group=32)
+    path = tmp_path / "m/config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"][field] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        Source(tmp_path / "m")
