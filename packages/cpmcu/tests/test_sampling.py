@@ -36,10 +36,11 @@ def transformers_probabilities(logits, how, previous):
     top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
     min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
     penalty=st.sampled_from([1.0, 1.3, 0.8]),
+    size=st.sampled_from([50, 3000]),  # few, and more than are looked at first
 )
-def test_distribution_equals_transformers(seed, temperature, top_k, top_p, min_p, penalty):
+def test_distribution_equals_transformers(seed, temperature, top_k, top_p, min_p, penalty, size):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(50, generator=generator) * 3
+    logits = torch.randn(size, generator=generator) * 3
     previous = torch.randint(50, (5,), generator=generator).tolist()
     how = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_FEW = 512  # tokens among which the likeliest are looked for first
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -66,15 +68,29 @@ def probabilities(logits: Tensor, how: Sampling, previous: Sequence[int] = ()) -
     if 0 < how.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(how.top_k).values[-1], -torch.inf)
     if how.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        # Keep a token if what is before it has not reached top_p > 0: the first always stays.
-        mass = ordered.softmax(0)
-        drop = (mass.cumsum(0) - mass) >= how.top_p
-        logits = logits.masked_fill(torch.zeros_like(drop).scatter(0, order, drop), -torch.inf)
+        logits = _nucleus(logits, how.top_p)
     if how.min_p > 0:
         p = logits.softmax(0)
         logits = logits.masked_fill(p < how.min_p * p.max(), -torch.inf)
     return logits.softmax(0)
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """-inf for all but the likeliest tokens that together reach `top_p`.
+
+    They are nearly always few, and the largest of a vocabulary are found in a tenth of the time
+    that sorting it takes.
+    """
+    whole = logits.logsumexp(0)
+    for most in (_FEW, len(logits)):
+        ordered, order = logits.topk(min(most, len(logits)))
+        mass = (ordered - whole).exp()
+        reached = mass.cumsum(0)
+        if reached[-1] >= top_p:
+            break
+    # Keep a token if what is before it has not reached top_p > 0: the first always stays.
+    kept = order[(reached - mass) < top_p]
+    return torch.full_like(logits, -torch.inf).index_copy_(0, kept, logits[kept])
 
 
 def sample(
