@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TOOLS := testbed minicpm4 infllm2 ultraclean bitcpm cpmcu apb locret densing
 EDITABLE := $(foreach tool,$(filter-out minicpm4,$(TOOLS)),-e packages/$(tool)) -e 'packages/minicpm4[pipeline]'
-BENCHES := $(filter-out harness,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
+BENCHES := $(filter-out harness %_peer %_worker,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -157,8 +157,8 @@ class Llama:
 def tiled(state: bytes, length: int) -> bytes:
     """A saved sequence of llama.cpp, its cells repeated to `length` positions.
 
-    Written by llama_kv_cache::state_write: streams; cells; then (position, sequences) of each, a
-    flag (values transposed), layers; rows of keys of each layer; rows, or columns, of values.
+    Written by llama_kv_cache::state_write: streams; cells; position and sequence of each; a flag
+    (values transposed), layers; rows of keys of each layer; rows, or columns, of values.
     """
     at = 0
 
@@ -175,16 +175,18 @@ def tiled(state: bytes, length: int) -> bytes:
         count = len(row) // item
         return (row * (length // count) + row[: length % count * item])[: length * item]
 
-    out: list[bytes] = []
+    out: list[bytes] = [state[:8]]  # version, kind of the sequence
+    at = 8
     streams, cells = take("I"), take("I")
     put("I", streams)
     put("I", length)
     for position in range(cells):
-        assert take("i") == position and take("I") in (0, 1), "unknown layout of the state"
-        at += 4 if struct.unpack_from("<I", state, at - 4)[0] else 0
+        found = take("i"), take("I"), take("i")
+        assert streams == 1 and found == (position, 1, 0), "unknown layout of the state"
     for position in range(length):
         put("i", position)
-        put("I", 0)
+        put("I", 1)
+        put("i", 0)
     transposed, layers = take("I"), take("I")
     put("I", transposed)
     put("I", layers)

@@ -260,7 +260,7 @@ def fuzz(count: int, first: int, keep: Path) -> int:
             seconds = time.perf_counter() - start
             print(f"{target}: {share} files, {seconds:.0f} s; so far {dict(tally)}", flush=True)
     for target, seed, detail in findings:
-        print(f"FOUND {target}, seed {seed}: {detail}")
+        print(f"FOUND {target}, seed {seed}: {detail[:300]}")
     return len(findings)
 
 

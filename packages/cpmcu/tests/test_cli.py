@@ -151,3 +151,19 @@ def test_importing_is_light():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "0.1.0"
+
+
+def test_quantize_and_convert(tiny_folder, tmp_path):
+    _, folder = tiny_folder("llama")
+    out, file = tmp_path / "small", tmp_path / "small.gguf"
+    shown = invoke("quantize", folder, "--method", "rtn", "-o", out).stdout
+    assert "gate_up" in shown and "cpmcu generate" in shown
+    report = json.loads(invoke("quantize", folder, "--method", "rtn", "-o", out, "--json").stdout)
+    assert report["options"]["bits"] == 4 and len(report["errors"]) == 2
+    assert "nothing was rounded" in invoke("convert", out, "-o", file).stdout
+    shown = invoke("convert", folder, "-o", tmp_path / "half.gguf", "--type", "F16").stdout
+    assert "tensors were rounded: relative error" in shown
+    run = cpmcu("quantize", folder, "-o", tmp_path / "gptq")
+    assert run.returncode == 2 and "give --calib FILE" in run.stderr and run.stderr.count("\n") == 1
+    run = cpmcu("convert", folder, "-o", file)
+    assert run.returncode == 2 and "remove it or take another name" in run.stderr

@@ -52,7 +52,7 @@ def test_layer_by_layer_equals_the_whole_model(model, calib, tmp_path):
     """Hessians of transformers' own activations, quantised in its own modules one by one."""
     import transformers
 
-    quantise(model, tmp_path / "m", calib=calib, method="p-gptq", **SMALL)
+    quantise(model, tmp_path / "m", calib=calib, method="p-gptq", prefix="drop", **SMALL)
     options = Options(method="p-gptq", **SMALL)
     ids = Windows.draw(Source(model), calib, options).ids
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -172,6 +172,7 @@ def test_jsonl_is_calibration_text(tmp_path):
         ({"length": 5000}, "fewer than one window"),
         ({"skip": 48}, "skip must be in 0..47"),
         ({"damp": 0}, "damp must be above 0"),
+        ({"prefix": "keep"}, "prefix must be 'level' or 'drop'"),
         ({"calib": None}, "needs calibration text"),
     ],
 )

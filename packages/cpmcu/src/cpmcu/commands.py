@@ -46,8 +46,15 @@ def quantize(
         ),
     ] = None,
     skip: Annotated[
-        int, typer.Option(help="First positions that p-gptq leaves out of the Hessian.")
+        int, typer.Option(help="First positions of every piece that p-gptq holds back.")
     ] = 4,
+    prefix: Annotated[
+        str,
+        typer.Option(
+            help="How: level (scaled down to the size of the others) or drop (left out, as in the "
+            "paper: for models whose first keys and values are stored)."
+        ),
+    ] = "level",
     as_json: Json = False,
 ) -> None:
     """Write MODEL with weights of 4 or 8 bits.
@@ -62,7 +69,7 @@ def quantize(
         report = quantise(
             model, out, calib=calib, progress=progress, method=method, bits=bits, group=group,
             samples=samples, length=length, seed=seed, damp=damp, act_order=act_order,
-            search=search, skip=skip,
+            search=search, skip=skip, prefix=prefix,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     if as_json:

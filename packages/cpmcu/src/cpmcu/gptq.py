@@ -7,7 +7,10 @@ H = XᵀX.
 
 P-GPTQ leaves the first positions of every sequence out of H. The first tokens serve attention as a
 sink, and their activations are tens of times larger than all others: they would decide H alone, and
-in use they are a few of many tokens.
+in use they are a few of many tokens. Leaving them out takes for granted that their keys and values
+come from elsewhere (the paper stores them): if not, nothing guards the few columns that only they
+use, and the sink breaks. So here they may also stay, scaled down to the size of the others
+("level"); "drop" is the paper's.
 
 Letters: O rows, I columns, g columns of a group.
 """
@@ -28,16 +31,21 @@ class Hessian:
 
     Args:
         columns: I.
-        skip: first positions of every sequence that are left out: 0 for GPTQ, 4 for P-GPTQ.
+        skip: first positions of every sequence that are held back: 0 for GPTQ, 4 for P-GPTQ.
+        level: scale them down to the mean size of the others, instead of leaving them out.
     """
 
-    def __init__(self, columns: int, skip: int = 0) -> None:
+    def __init__(self, columns: int, skip: int = 0, level: bool = False) -> None:
         self.matrix = torch.zeros(columns, columns, dtype=torch.float64)
-        self.tokens, self.skip = 0, skip
+        self.tokens, self.skip, self.level = 0, skip, level
 
     def add(self, x: Tensor) -> None:
         """Inputs of whole sequences, [sequences, positions, I]."""
         kept = x[:, self.skip :].flatten(0, 1).float()
+        if self.level and self.skip:
+            first = x[:, : self.skip].flatten(0, 1).float()
+            size, others = first.norm(dim=1, keepdim=True), kept.norm(dim=1).mean()
+            kept = torch.cat((kept, first * (others / size.clamp_min(1e-30)).clamp_max(1.0)))
         self.matrix += kept.T @ kept
         self.tokens += len(kept)
 

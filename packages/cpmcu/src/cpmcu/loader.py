@@ -87,8 +87,9 @@ def _shards(folder: Path) -> list[Path]:
         if weight_map is None:
             raise ValueError(f"{index}: field 'weight_map' is missing")
         names = sorted({weight_map.text(tensor) for tensor in weight_map.values})
-        if any(Path(name).name != name for name in names):
-            raise ValueError(f"{index}: field 'weight_map' must name files beside it, got {names}")
+        if any(Path(name).name != name or len(name.encode()) > 255 for name in names):
+            shown = [name[:60] for name in names[:9]]
+            raise ValueError(f"{index}: field 'weight_map' must name files beside it, got {shown}")
         for name in names:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name}: shard named by {index.name} is missing")

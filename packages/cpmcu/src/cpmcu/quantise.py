@@ -44,7 +44,8 @@ class Options:
 
     `samples` windows of `length` tokens are drawn from the calibration text with `seed`; `damp`,
     `act_order` and `search` as in `gptq.gptq` and `codes.nearest` (None: all but "rtn" search);
-    p-gptq leaves `skip` first positions out of the Hessian. Embedding and head are rounded to 8
+    p-gptq holds `skip` first positions back: scaled down to the size of the others (`prefix`
+    "level"), or left out of the Hessian ("drop", the paper's). Embedding and head are rounded to 8
     bits.
     """
 
@@ -58,6 +59,7 @@ class Options:
     act_order: bool = False
     search: bool | None = None
     skip: int = PREFIX
+    prefix: str = "level"
 
     def __post_init__(self) -> None:
         """ValueError names the option and its range."""
@@ -69,6 +71,8 @@ class Options:
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be in {low}..{high}, got {getattr(self, name)}")
+        if self.prefix not in ("level", "drop"):
+            raise ValueError(f"prefix must be 'level' or 'drop', got {self.prefix!r}")
         if not 0 < self.damp <= 1:
             raise ValueError(f"damp must be above 0 and at most 1, got {self.damp}")
 
@@ -224,7 +228,7 @@ def _layer(
         weight = getattr(layer, part)
         if options.calibrated:
             skip = options.skip if options.method == "p-gptq" else 0
-            hessian = Hessian(weight.shape[1], skip=skip)
+            hessian = Hessian(weight.shape[1], skip=skip, level=options.prefix == "level")
             run.inputs(layer, part, hessian.add)
             codes = gptq(
                 weight, hessian.matrix, options.bits, options.group, damp=options.damp,

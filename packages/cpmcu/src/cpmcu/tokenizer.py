@@ -173,6 +173,11 @@ def _template_text(settings: Fields) -> str | None:
 
 def _token_bytes(backend: Any) -> list[bytes]:
     """Bytes of every id, from the kind of decoder the tokenizer has."""
+    added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    highest = max([*vocabulary.values(), *added], default=-1)
+    if highest >= _MOST_IDS:  # before anything goes through all ids up to it, as `to_str` does
+        raise ValueError(f"tokenizer.json: token id {highest} is above {_MOST_IDS - 1}")
     description = json.loads(backend.to_str())
     decoder = description.get("decoder") or {}
     kinds = {d.get("type"): d for d in (decoder, *decoder.get("decoders", ()))}
@@ -196,11 +201,6 @@ def _token_bytes(backend: Any) -> list[bytes]:
             f"tokenizer.json: field 'decoder' is {decoder.get('type')!r}, supported are byte-level "
             "BPE and BPE with byte fallback"
         )
-    added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
-    vocabulary = backend.get_vocab(with_added_tokens=False)
-    highest = max([*vocabulary.values(), *added], default=-1)
-    if highest >= _MOST_IDS:
-        raise ValueError(f"tokenizer.json: token id {highest} is above {_MOST_IDS - 1}")
     table = [b""] * (highest + 1)
     for text, i in vocabulary.items():
         table[i] = convert(text)
