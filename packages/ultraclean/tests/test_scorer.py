@@ -15,7 +15,7 @@ from ultraclean import Classifier, ClassifierConfig, train
 from ultraclean.hashing import word_hashes
 from ultraclean.library import predict
 from ultraclean.reference import END, features, probability, word_hash
-from ultraclean.scorer import collapse
+from ultraclean.collapsing import collapse
 
 AWKWARD = [
     "",
