@@ -101,6 +101,8 @@ struct ultraclean_minhash_args {
     const uint64_t *a, *b;  // [hashes]; a is odd: multiply-shift is then 2-approximately universal
     uint32_t *signatures;   // [documents, hashes]; all ones for a document without a word
     uint64_t *content;      // [documents]: hash of the folded words, equal for equal texts
+    uint64_t *grams;        // or null: hashes of document d's n-grams from 2 · offsets[d] + d on
+    int64_t *gram_count;    // [documents]: how many there are
     uint8_t *work;          // [nth][work_stride]
     int64_t work_stride, expansion;
 };

@@ -49,6 +49,12 @@ inline int32_t minhash(const ultraclean_minhash_args *args, int32_t ith, int32_t
             for (int64_t k = 0; k < n; ++k) h = mix(h, words[i + k]);
             words[i] = h;
         }
+        if (args->grams) {
+            if (grams > 2 * given + 1) return 2;
+            std::memcpy(args->grams + 2 * begin + doc, words, grams * sizeof *words);
+            args->gram_count[doc] = count < args->ngrams ? 0 : grams;  // a shorter one proves nothing
+            continue;
+        }
         minima(words, grams, args->a, args->b, args->hashes, args->signatures + doc * args->hashes);
     }
     return 0;

@@ -26,7 +26,8 @@ STREAMS = ("kept", "rejected", "malformed")
 
 def dirty_lines(prose: list[str], shuffled: list[str]) -> list[bytes]:
     draw = random.Random(0)
-    lines = [json.dumps({"n": i, "text": t, "source": f"s{i % 3}", "deep": {"a": [1, None]}}).encode()
+    deep = {"a": [1, None]}
+    lines = [json.dumps({"n": i, "text": t, "source": f"s{i % 3}", "deep": deep}).encode()
              for i, t in enumerate((prose + shuffled) * 4)]  # fmt: skip
     bad = [b"{", b"", b"[1]", b'{"text": null}', b'{"x": 1}', b"\xff\xfe", b'{"text": " "}', b"NaN"]
     for _ in range(400):
@@ -207,7 +208,8 @@ def page(text: str, head: bytes = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r
 def test_wet_files(classifier: Classifier, prose: list[str], tmp_path: Path) -> None:
     path = tmp_path / "a.warc.wet.gz"
     path.write_bytes(warc("warcinfo", "", b"info") + b"".join(
-        warc("conversion", f"http://h{i % 2}.org/{i}", t.encode()) for i, t in enumerate(prose[:150])
+        warc("conversion", f"http://h{i % 2}.org/{i}", t.encode())
+        for i, t in enumerate(prose[:150])
     ) + warc("conversion", "http://h.org/empty", b"  "))  # fmt: skip
     report = filter_corpus([path], tmp_path / "out", classifier, threshold=0.0, workers=2)
     assert (report.kept, report.malformed_reasons) == (150, {"empty": 1})
@@ -226,13 +228,14 @@ def test_pages_of_a_warc(classifier: Classifier, prose: list[str], tmp_path: Pat
     pytest.importorskip("trafilatura")
     text = " ".join(prose[0].split())
     packed = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: gzip\r\n"
+    image = b"HTTP/1.1 200 OK\r\nContent-Type: image/x\r\n"
     path = tmp_path / "a.warc.gz"
     path.write_bytes(b"".join([
         warc("request", "http://a.org/", b"GET"),
         warc("response", "http://a.org/", page(text)),
         warc("response", "http://a.org/z", page(text, packed)),
         warc("response", "http://a.org/404", page(text, b"HTTP/1.1 404 No\r\n")),
-        warc("response", "http://a.org/i", page("", b"HTTP/1.1 200 OK\r\nContent-Type: image/x\r\n")),
+        warc("response", "http://a.org/i", page("", image)),
     ]))  # fmt: skip
     report = filter_corpus([path], tmp_path / "out", classifier, threshold=0.0)
     assert (report.kept, sorted(report.malformed_reasons)) == (

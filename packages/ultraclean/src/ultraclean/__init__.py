@@ -10,6 +10,10 @@ __version__ = importlib.metadata.version("minicpm4-ultraclean")
 
 # Where each public name lives. Imported on first use, so that `import ultraclean` stays quick.
 _HOME = {
+    "deduplicate": "dedup",
+    "MinHasher": "minhash",
+    "DedupReport": "dedup",
+    "Decontaminator": "minhash",
     "NORMALISERS": "normalise",
     "Classifier": "classifier",
     "ClassifierConfig": "config",
@@ -34,7 +38,10 @@ __all__ = [
     "NORMALISERS",
     "Classifier",
     "ClassifierConfig",
+    "Decontaminator",
+    "DedupReport",
     "FilterReport",
+    "MinHasher",
     "Normaliser",
     "Scorer",
     "auc",
@@ -43,6 +50,7 @@ __all__ = [
     "by_source",
     "calibration",
     "convert",
+    "deduplicate",
     "filter_corpus",
     "precision_recall_f1",
     "threshold_for_budget",

@@ -19,6 +19,7 @@ from ultraclean.evaluate import threshold_for_budget
 from ultraclean.heuristics import Heuristics, Judged, judge
 from ultraclean.jsonl import LONGEST
 from ultraclean.jsonl_format import JsonLines, Rows, utf8
+from ultraclean.minhash import Decontaminator
 from ultraclean.ordered import in_order, in_order_twice
 from ultraclean.outputs import Outputs, clear, finished, only_run
 from ultraclean.packing import PACKINGS
@@ -41,6 +42,7 @@ def filter_corpus(
     source_key: str = "source",
     min_chars: int = 0,
     drop_duplicates: bool = False,
+    evaluations: Decontaminator | None = None,
     max_bytes: int = LONGEST,
     compress: str = "",
     workers: int = 1,
@@ -69,6 +71,7 @@ def filter_corpus(
         source_key: column to count by; rows without it count under "".
         min_chars: shorter texts are rejected; 0, none.
         drop_duplicates: reject texts seen before.
+        evaluations: reject texts that share n-grams with an evaluation's, reason `contaminated`.
         max_bytes: a longer line is malformed, reason `too long`; of it only the start is kept.
         compress: "", "gz" or "zst": of outputs that are JSON lines.
         workers: threads.
@@ -99,6 +102,7 @@ def filter_corpus(
         "min_chars": min_chars,
         "drop_duplicates": drop_duplicates,
         "max_bytes": max_bytes,
+        "evaluations": evaluations and evaluations.fingerprint,
         "suffix": form.suffix,
     }
     folder = Path(output)
@@ -110,7 +114,7 @@ def filter_corpus(
         work = Outputs(folder, job, form)
         try:
             if not work.complete:
-                rules = Heuristics(min_chars, drop_duplicates)
+                rules = Heuristics(min_chars, drop_duplicates, evaluations)
                 if work.resumed:
                     _log.info("%s: going on after %d rows", folder, work.report.total)
                 _Run(files, form, classifier, rules, threshold, strict, work, progress)(workers)

@@ -114,5 +114,5 @@ def fold_of(name: str) -> Fold:
         return _mapped(_folded(), lambda c: f" {c} " if CJK.match(c) else " " if c.isspace() else c)
     assert name == "minhash"
     # Slow characters are kept as they are: a signature need not be a normaliser's equal.
-    easy = {p: chr(p).lower() if t is None else t for p, t in _folded().items()}
+    easy = {p: (chr(p) if t is None else t).lower() for p, t in _folded().items()}
     return _mapped(easy, lambda c: f" {c} " if CJK.match(c) else c if c.isalnum() else " ")

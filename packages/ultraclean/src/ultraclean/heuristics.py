@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ultraclean.classifier import Classifier
 from ultraclean.jsonl_format import Rows
+from ultraclean.minhash import Decontaminator
 
 
 class Judged(NamedTuple):
@@ -16,6 +17,7 @@ class Judged(NamedTuple):
     scores: list[float | None]
     tokens: list[int]
     keys: list[bytes]
+    contaminated: list[bool]
 
 
 class Heuristics:
@@ -25,10 +27,17 @@ class Heuristics:
         min_chars: shorter texts are `short`; 0 turns it off.
         drop_duplicates: texts equal to an earlier one, to the character, are `duplicate`; costs
             some 120 bytes of memory for each different text.
+        evaluations: texts that share n-grams with these are `contaminated`.
     """
 
-    def __init__(self, min_chars: int = 0, drop_duplicates: bool = False) -> None:
+    def __init__(
+        self,
+        min_chars: int = 0,
+        drop_duplicates: bool = False,
+        evaluations: Decontaminator | None = None,
+    ) -> None:
         self.min_chars, self.drop_duplicates = min_chars, drop_duplicates
+        self.evaluations = evaluations
         self._seen: set[bytes] = set()
 
     def key(self, text: str) -> bytes:
@@ -46,7 +55,7 @@ class Heuristics:
         return len(self._seen) == known
 
     def reasons(self, judged: Judged, threshold: float) -> list[str]:
-        """Why each row is rejected: `duplicate`, `short`, `score`; "" for those kept."""
+        """Why each row is rejected: "" for those that are kept."""
         found = []
         for i, problem in enumerate(judged.rows.problems):
             if problem:
@@ -55,6 +64,8 @@ class Heuristics:
                 found.append("duplicate")
             elif len(judged.rows.texts[i]) < self.min_chars:
                 found.append("short")
+            elif judged.contaminated[i]:
+                found.append("contaminated")
             else:
                 found.append("" if judged.scores[i] >= threshold else "score")
         return found
@@ -73,4 +84,5 @@ def judge(rows: Rows, classifier: Classifier, rules: Heuristics) -> Judged:
         scores.append(score)
         counts.append(count)
         keys.append(b"" if problem else rules.key(text))
-    return Judged(rows, scores, counts, keys)
+    found_in = rules.evaluations.contaminated(rows.texts) if rules.evaluations else []
+    return Judged(rows, scores, counts, keys, found_in or [False] * len(scores))

@@ -187,6 +187,8 @@ def with_columns(line: bytes, record: dict[str, Any], columns: dict[str, Any]) -
     if b"\r" in line.rstrip() or any(name in record for name in COLUMNS):
         kept = {name: value for name, value in record.items() if name not in COLUMNS}
         return json.dumps({**kept, **columns}).encode() + b"\n"
+    if not columns:
+        return line.rstrip() + b"\n"
     # Spliced in before the brace that ends the object. Writing the record anew would round numbers
     # beyond double precision, and take longer.
     head = line.rstrip()[:-1].rstrip()

@@ -81,7 +81,8 @@ class JsonLines:
         out: dict[str, list[bytes]] = {"kept": [], "rejected": [], "malformed": []}
         for i, (raw, record) in enumerate(rows.content):
             if record is not None:
-                columns: dict[str, Any] = {"ultraclean_score": scores[i]}
+                score = scores[i]
+                columns: dict[str, Any] = {} if score is None else {"ultraclean_score": score}
                 if reasons[i]:
                     columns["ultraclean_reason"] = reasons[i]
                 stream = "rejected" if reasons[i] else "kept"

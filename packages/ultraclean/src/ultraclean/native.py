@@ -102,7 +102,8 @@ class _MinhashArgs(Structure):
         ("text", c_void_p),
         ("offsets", c_void_p),
         *((name, c_int64) for name in ("documents", "ngrams", "hashes")),
-        *((name, c_void_p) for name in ("fold", "a", "b", "signatures", "content", "work")),
+        *((name, c_void_p) for name in ("fold", "a", "b", "signatures", "content")),
+        *((name, c_void_p) for name in ("grams", "gram_count", "work")),
         ("work_stride", c_int64),
         ("expansion", c_int64),
     ]
@@ -236,16 +237,38 @@ class Library:
         signatures = np.empty((len(documents), hashes), np.uint32)
         content = np.empty(len(documents), np.uint64)
         longest = int(np.diff(offsets).max(initial=0))
-        stride = 6 * (longest * expansion + 256)
+        stride = 9 * (longest * expansion + 256)
         self._run(
             "minhash",
             _MinhashArgs(
                 _at(text), _at(offsets), len(documents), ngrams, hashes, ctypes.addressof(fold),
-                _at(factors[0]), _at(factors[1]), _at(signatures), _at(content),
+                _at(factors[0]), _at(factors[1]), _at(signatures), _at(content), None, None,
                 work.address(stride), stride, expansion,
             ),
         )  # fmt: skip
         return signatures, content
+
+    def grams(
+        self, documents: Sequence[bytes], fold: FoldArgs, expansion: int, ngrams: int, work: Work
+    ) -> list[np.ndarray]:
+        """Hashes uint64 of each document's n-grams of words, in order; the rest as `minhash`."""
+        text, offsets = joined(documents)
+        room = 2 * int(offsets[-1]) + len(documents) + 1
+        found, counts = np.empty(room, np.uint64), np.zeros(len(documents) + 1, np.int64)
+        content = np.empty(len(documents) + 1, np.uint64)
+        longest = int(np.diff(offsets).max(initial=0))
+        stride = 9 * (longest * expansion + 256)
+        self._run(
+            "minhash",
+            _MinhashArgs(
+                _at(text), _at(offsets), len(documents), ngrams, 0, ctypes.addressof(fold),
+                None, None, None, _at(content), _at(found), _at(counts),
+                work.address(stride), stride, expansion,
+            ),
+        )  # fmt: skip
+        begins = 2 * offsets[:-1] + np.arange(len(documents))
+        pairs = zip(begins.tolist(), counts.tolist(), strict=False)
+        return [found[begin : begin + count] for begin, count in pairs]
 
 
 class Work:

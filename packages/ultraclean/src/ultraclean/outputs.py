@@ -68,8 +68,8 @@ def finished(folder: Path, job: Job, suffix: str) -> FilterReport | None:
         taken = [name for name in STREAMS if (folder / f"{name}{suffix}").exists()]
         if taken and not mine:
             raise ValueError(
-                f"{folder}/{taken[0]}{suffix} is not ours (there is no report.json): choose another "
-                "output folder"
+                f"{folder}/{taken[0]}{suffix} is not ours (there is no report.json): choose "
+                "another output folder"
             ) from None
         return None
     except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Compression of outputs, a block at a time: members and frames may follow one another in a file."""
+"""Compression of outputs, a block at a time: a file may hold many members or frames."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Parquet through the filter: columns stay as they are, a score and a reason join them.
 
-A Parquet file cannot be cut back to an earlier state, as going on after a kill asks. So outputs grow
-as Arrow streams, which can, and become Parquet when all is done.
+A Parquet file cannot be cut back to an earlier state, as going on after a kill asks. So outputs
+grow as Arrow streams, which can, and become Parquet when all is done.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ class Scorer:
         return shares, counted
 
     def exact(self, texts: Iterable[str], inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-        """fastText's own probabilities of normalised texts, to the last bit, fp32 `[texts, labels]`.
+        """fastText's own probabilities of normalised texts, bit for bit, fp32 `[texts, labels]`.
 
         Args:
             texts: normalised.
