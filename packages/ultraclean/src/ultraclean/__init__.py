@@ -10,6 +10,12 @@ __version__ = importlib.metadata.version("minicpm4-ultraclean")
 
 # Where each public name lives. Imported on first use, so that `import ultraclean` stays quick.
 _HOME = {
+    "verify": "verification",
+    "make_base": "proxy_model",
+    "loop": "seed_loop",
+    "Verification": "verification",
+    "Recipe": "verification",
+    "LoopReport": "seed_loop",
     "deduplicate": "dedup",
     "MinHasher": "minhash",
     "DedupReport": "dedup",
@@ -41,9 +47,12 @@ __all__ = [
     "Decontaminator",
     "DedupReport",
     "FilterReport",
+    "LoopReport",
     "MinHasher",
     "Normaliser",
+    "Recipe",
     "Scorer",
+    "Verification",
     "auc",
     "bootstrap_auc",
     "bootstrap_f1",
@@ -52,11 +61,14 @@ __all__ = [
     "convert",
     "deduplicate",
     "filter_corpus",
+    "loop",
+    "make_base",
     "precision_recall_f1",
     "threshold_for_budget",
     "threshold_for_corpus",
     "threshold_for_percentile",
     "train",
+    "verify",
 ]
 
 
