@@ -7,6 +7,7 @@ becomes words again: scoring looks tokens up.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import unicodedata
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultraclean import native
+from ultraclean import native, native_args
 from ultraclean.hashing import word_hashes
 from ultraclean.reference import END, LABEL, SEPARATORS
 
@@ -90,7 +91,7 @@ class Tables:
                 ):  # fmt: skip
                     raise Unsupported("its pre-tokenizer does more than split")
                 if pattern == r"\s+$":
-                    splits.append(native.Split(_SPACE_BIT, 0, 1, 1))
+                    splits.append(native_args.Split(_SPACE_BIT, 0, 1, 1))
                     continue
                 found = _CLASS.fullmatch(pattern)
                 if found is None or "\\" in found[2] or "&&" in found[2] or "[" in found[2][1:]:
@@ -101,10 +102,10 @@ class Tables:
                 raise Unsupported("its pre-tokenizer has too many steps")
             used <<= 1
             bits[inside] |= used
-            splits.append(native.Split(used, int(space), int(many), 0))
+            splits.append(native_args.Split(used, int(space), int(many), 0))
         rows, place = np.unique(bits.reshape(-1, 256), axis=0, return_inverse=True)
         self._pages, self._rows = place.astype(np.uint16).ravel(), np.ascontiguousarray(rows)
-        self._splits = (native.Split * max(1, len(splits)))(*splits)
+        self._splits = (native_args.Split * max(1, len(splits)))(*splits)
         self._split_count = len(splits)
 
     def _merges(self, model: dict[str, Any]) -> None:
@@ -123,12 +124,12 @@ class Tables:
         values = np.arange(len(pairs), dtype=np.uint64) << np.uint64(32) | token
         self._pairs = _open_addressing(keys, values)
 
-    def args(self, tokens: np.ndarray, several: np.ndarray) -> native.BpeArgs:
+    def args(self, tokens: np.ndarray, several: np.ndarray) -> native_args.BpeArgs:
         """For the native code, with a classifier's features of each token."""
         return native.keep(
-            native.BpeArgs(
+            native_args.BpeArgs(
                 self._pages.ctypes.data, self._rows.ctypes.data,
-                native.ctypes.addressof(self._splits), self._split_count,
+                ctypes.addressof(self._splits), self._split_count,
                 self._bytes.ctypes.data, self._pairs.ctypes.data, len(self._pairs),
                 tokens.ctypes.data, several.ctypes.data,
                 self._added.ctypes.data, len(self.added),
@@ -163,7 +164,7 @@ def _open_addressing(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
 def features_of_tokens(
     tokenizer: Tokenizer, words: Sequence[bytes], table: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What each token adds to a score: (`native.TOKEN` `[tokens]`, the same of several words).
+    """What each token adds to a score: (`native_args.TOKEN` `[tokens]`, the same of several words).
 
     Args:
         tokenizer: decodes a token.
@@ -184,17 +185,17 @@ def features_of_tokens(
     def feature(word: bytes) -> tuple[int, float, int, int]:
         row = rows.get(word)
         if word == END:
-            return 0, 0.0, native.END_MARK, 1
+            return 0, 0.0, native_args.END_MARK, 1
         if row is None or np.isnan(table[row]):
-            return hashes[word], 0.0, native.STRANGE, 1
-        return hashes[word], float(table[row]), native.ROW, 1
+            return hashes[word], 0.0, native_args.STRANGE, 1
+        return hashes[word], float(table[row]), native_args.ROW, 1
 
-    tokens = np.zeros(size, native.TOKEN)
+    tokens = np.zeros(size, native_args.TOKEN)
     several: list[tuple[int, float, int, int]] = []
     for i, (piece, found) in enumerate(zip(pieces, split, strict=True)):
         # At an end of a document Python strips more than fastText's separators.
         edge = (
-            native.EDGE
+            native_args.EDGE
             if any(c.isspace() and (c > " " or c > "\x1b" and c < " ") for c in piece)
             else 0
         )
@@ -202,11 +203,11 @@ def features_of_tokens(
             h, scalar, kind, count = feature(found[0])
             tokens[i] = (h, scalar, kind | edge, count)
         elif found:
-            tokens[i] = (len(several), 0.0, native.SEVERAL | edge, len(found))
+            tokens[i] = (len(several), 0.0, native_args.SEVERAL | edge, len(found))
             several += map(feature, found)
         elif edge:
-            tokens[i] = (len(several), 0.0, native.SEVERAL | edge, 0)
-    return tokens, np.array([*several, (0, 0.0, 0, 0)], native.TOKEN)
+            tokens[i] = (len(several), 0.0, native_args.SEVERAL | edge, 0)
+    return tokens, np.array([*several, (0, 0.0, 0, 0)], native_args.TOKEN)
 
 
 def _words(text: str) -> list[bytes]:

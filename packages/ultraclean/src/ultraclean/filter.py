@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ultraclean.classifier import Classifier
-from ultraclean.evaluate import threshold_for_budget
 from ultraclean.heuristics import Heuristics, Judged, judge
 from ultraclean.jsonl import LONGEST
 from ultraclean.jsonl_format import JsonLines, Rows, utf8
 from ultraclean.minhash import Decontaminator
-from ultraclean.ordered import in_order, in_order_twice
+from ultraclean.ordered import in_order_twice
 from ultraclean.outputs import Outputs, clear, finished, only_run
 from ultraclean.packing import PACKINGS
 from ultraclean.parquet_format import Parquet
@@ -201,55 +199,6 @@ class _Run:
             [judged.scores[i] for i in usable],
             example,
         )
-
-
-def threshold_for_corpus(
-    inputs: Iterable[str | os.PathLike[str]],
-    classifier: Classifier,
-    keep: float,
-    *,
-    text_key: str = "text",
-    min_chars: int = 0,
-    drop_duplicates: bool = False,
-    by: str = "characters",
-    workers: int = 1,
-    progress: Callable[[int], None] = lambda done: None,
-) -> float:
-    """The threshold at which `filter_corpus` keeps the best-scoring share of all text.
-
-    Reads everything once, malformed rows aside, and holds 12 bytes a text. The share is of what
-    the heuristics leave; the other arguments are as for `filter_corpus`.
-
-    Args:
-        keep: share of the total, in (0, 1].
-        by: what is counted: `characters`, `tokens` (of the classifier's tokenizer; words where it
-            has none) or `texts`, which makes it a percentile.
-
-    Raises:
-        ValueError: no usable text, or `keep` or `by` out of range.
-    """
-    if by not in ("characters", "tokens", "texts"):
-        raise ValueError(f"by must be characters, tokens or texts, got {by!r}")
-    files = [Path(p) for p in inputs]
-    form = format_of(files, text_key, "source", LONGEST, "")
-    rules = Heuristics(min_chars, drop_duplicates)
-    scores, weights = array("d"), array("Q")
-    read = 0
-    blocks = (block for path in files for block in form.blocks(path))
-    for judged in in_order(
-        blocks, lambda block: judge(form.parse(block), classifier, rules), workers
-    ):
-        reasons = rules.reasons(judged, 0.0)
-        for i, problem in enumerate(judged.rows.problems):
-            if not problem and not reasons[i]:
-                scores.append(judged.scores[i])
-                text, tokens = judged.rows.texts[i], judged.tokens[i]
-                weights.append({"characters": len(text), "tokens": tokens, "texts": 1}[by])
-        read += len(judged.rows.texts)
-        progress(read)
-    if not scores:
-        raise ValueError(f"no usable text on {read} lines: nothing to set a threshold by")
-    return threshold_for_budget(scores, weights, keep)
 
 
 def format_of(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ultraclean import native
+from ultraclean import native, native_args
 
 # All that Unicode changes lies below the first bound, but for variation selectors.
 _RANGES = (range(0x30000), range(0xE0000, 0xE0200))
@@ -50,7 +50,7 @@ class Fold:
         assert len(text) < 1 << 23
         self.expansion = expansion
         self.args = native.keep(
-            native.FoldArgs(
+            native_args.FoldArgs(
                 pages.ctypes.data, rows.ctypes.data, blob.ctypes.data, newlines, int(trim)
             ),
             pages, rows, blob,

@@ -12,107 +12,22 @@ import functools
 import sysconfig
 import threading
 from collections.abc import Sequence
-from ctypes import Structure, c_char_p, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import Structure, c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-SLOT = np.dtype([("hash", "u4"), ("row", "i4"), ("begin", "u4"), ("length", "u4")])
-TOKEN = np.dtype([("hash", "i4"), ("scalar", "f4"), ("kind", "u2"), ("words", "u2")])
-NONE, ROW, STRANGE, SEVERAL, END_MARK, EDGE = 0, 1, 2, 3, 4, 8
-"""Kinds of a token, `TokenKind` in csrc/bpe.hpp."""
-
-
-class ModelArgs(Structure):
-    """ultraclean_model."""
-
-    _fields_ = [
-        *((name, c_void_p) for name in ("table", "slots", "words")),
-        *((name, c_int64) for name in ("slot_count", "vocabulary", "bucket")),
-        ("ngrams", c_int32),
-        ("pruned", c_int32),
-    ]
-
-
-class FoldArgs(Structure):
-    """ultraclean_fold."""
-
-    _fields_ = [
-        *((name, c_void_p) for name in ("pages", "entries", "text")),
-        ("newlines", c_int32),
-        ("trim", c_int32),
-    ]
-
-
-class BpeArgs(Structure):
-    """ultraclean_bpe."""
-
-    _fields_ = [
-        *((name, c_void_p) for name in ("pages", "classes", "splits")),
-        ("split_count", c_int64),
-        ("bytes", c_void_p),
-        ("pairs", c_void_p),
-        ("pair_slots", c_int64),
-        *((name, c_void_p) for name in ("tokens", "several", "added")),
-        ("added_count", c_int64),
-    ]
-
-
-class _IndexArgs(Structure):
-    _fields_ = [
-        ("words", c_void_p),
-        ("offsets", c_void_p),
-        ("count", c_int64),
-        ("slots", c_void_p),
-        ("slot_count", c_int64),
-    ]
-
-
-class _ScoreArgs(Structure):
-    _fields_ = [
-        ("model", ModelArgs),
-        ("text", c_void_p),
-        ("offsets", c_void_p),
-        ("documents", c_int64),
-        *((name, c_void_p) for name in ("ids", "fold", "bpe", "logits", "counted", "work")),
-        ("work_stride", c_int64),
-        ("expansion", c_int64),
-    ]
-
-
-class _ExactArgs(Structure):
-    _fields_ = [
-        ("model", ModelArgs),
-        ("text", c_void_p),
-        ("offsets", c_void_p),
-        ("documents", c_int64),
-        ("input", c_void_p),
-        ("output", c_void_p),
-        ("dim", c_int64),
-        ("labels", c_int64),
-        ("hidden", c_void_p),
-        ("work", c_void_p),
-        ("work_stride", c_int64),
-    ]
-
-
-class _MinhashArgs(Structure):
-    _fields_ = [
-        ("text", c_void_p),
-        ("offsets", c_void_p),
-        *((name, c_int64) for name in ("documents", "ngrams", "hashes")),
-        *((name, c_void_p) for name in ("fold", "a", "b", "signatures", "content")),
-        *((name, c_void_p) for name in ("grams", "gram_count", "work")),
-        ("work_stride", c_int64),
-        ("expansion", c_int64),
-    ]
-
-
-class Split(Structure):
-    """ultraclean_split: one step of a pre-tokenizer."""
-
-    _fields_ = [(name, c_uint8) for name in ("mask", "space_before", "many", "at_end")]
+from ultraclean.native_args import (
+    SLOT,
+    BpeArgs,
+    ExactArgs,
+    FoldArgs,
+    IndexArgs,
+    MinhashArgs,
+    ModelArgs,
+    ScoreArgs,
+)
 
 
 def _at(array: np.ndarray) -> int:
@@ -145,7 +60,7 @@ class Library:
         """Slots of a vocabulary: words' bytes one after the other, int64 offsets `[words + 1]`."""
         count = len(offsets) - 1
         slots = np.zeros(1 << max(4, (4 * count - 1).bit_length()), SLOT)
-        self._run("index", _IndexArgs(_at(words), _at(offsets), count, _at(slots), len(slots)))
+        self._run("index", IndexArgs(_at(words), _at(offsets), count, _at(slots), len(slots)))
         return slots
 
     def score(
@@ -176,7 +91,7 @@ class Library:
         stride = self._cache_bytes + 3 * (longest * expansion + 64) + 64
         self._run(
             "score",
-            _ScoreArgs(
+            ScoreArgs(
                 model, _at(text), _at(offsets), count, _at(text) if as_ids else None,
                 None if fold is None else ctypes.addressof(fold),
                 None if bpe is None else ctypes.addressof(bpe),
@@ -207,7 +122,7 @@ class Library:
         stride = (8 * dim + 4 * labels + 8 * (longest + 2) + 256) // 64 * 64
         self._run(
             "exact",
-            _ExactArgs(
+            ExactArgs(
                 model, _at(text), _at(offsets), len(documents), _at(inputs), _at(outputs),
                 dim, labels, _at(shares), work.address(stride), stride,
             ),
@@ -240,7 +155,7 @@ class Library:
         stride = 9 * (longest * expansion + 256)
         self._run(
             "minhash",
-            _MinhashArgs(
+            MinhashArgs(
                 _at(text), _at(offsets), len(documents), ngrams, hashes, ctypes.addressof(fold),
                 _at(factors[0]), _at(factors[1]), _at(signatures), _at(content), None, None,
                 work.address(stride), stride, expansion,
@@ -260,7 +175,7 @@ class Library:
         stride = 9 * (longest * expansion + 256)
         self._run(
             "minhash",
-            _MinhashArgs(
+            MinhashArgs(
                 _at(text), _at(offsets), len(documents), ngrams, 0, ctypes.addressof(fold),
                 None, None, None, _at(content), _at(found), _at(counts),
                 work.address(stride), stride, expansion,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ultraclean.bpe import Tables
     from ultraclean.folding import Fold
-    from ultraclean.native import BpeArgs
+    from ultraclean.native_args import BpeArgs
     from ultraclean.scorer import Scorer
 
 # Control characters that fastText would take for the end of a word or of the line.
@@ -165,12 +165,12 @@ class Normaliser:
 
     def features(self, scorer: Scorer) -> BpeArgs:
         """What each token of the tokenizer adds to a classifier's score, for the native code."""
-        from ultraclean import bpe, native
+        from ultraclean import bpe, native, native_args
 
         tokens, several = bpe.features_of_tokens(self.tokenizer, scorer.words, scorer.table)
         if self.tables is not None:
             return self.tables.args(tokens, several)
-        args = native.BpeArgs(tokens=tokens.ctypes.data, several=several.ctypes.data)
+        args = native_args.BpeArgs(tokens=tokens.ctypes.data, several=several.ctypes.data)
         return native.keep(args, tokens, several)
 
     def ids(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

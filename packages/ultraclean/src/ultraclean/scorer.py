@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ultraclean import native
+from ultraclean import native, native_args
 from ultraclean.numpy_scorer import NumpyScorer
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ class Scorer:
         self._local = native.WorkOfThread()
         if self.backend == "native":
             self.model = self._index()
-        self._bpe: dict[int, native.BpeArgs] = {}
+        self._bpe: dict[int, native_args.BpeArgs] = {}
 
-    def _index(self) -> native.ModelArgs:
+    def _index(self) -> native_args.ModelArgs:
         ends = np.flatnonzero(self._words == 10)
         begins = np.append(0, ends + 1)
         letters = np.ascontiguousarray(np.append(self._words[self._words != 10], 0), np.uint8)
@@ -76,7 +76,7 @@ class Scorer:
         slots = self._library.index(letters, offsets)
         pruned = bool(np.isnan(self.table).any())
         return native.keep(
-            native.ModelArgs(
+            native_args.ModelArgs(
                 self.table.ctypes.data, slots.ctypes.data, letters.ctypes.data,
                 len(slots), self._count, self.bucket, self.ngrams, int(pruned),
             ),
