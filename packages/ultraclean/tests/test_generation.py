@@ -123,7 +123,7 @@ def test_the_key_is_in_nothing_that_is_written(server: Server, tmp_path: Path) -
         ("<result></result>", "rewrite", "nothing to teach"),
         ("<result>short</result>", "rewrite", "too short"),
         (f"<result>{'again and again we say ' * 30}</result>", "rewrite", "repeats itself"),
-        (f"<result>{LONG}{LONG[:40]}</result>", "textbook", "copies the text"),
+        (f"<result>{LONG}</result>", "textbook", "copies the text"),
         (f"<result>Q: why? {GOOD[8:-9]}</result>", "qa", "do not pair up"),
         (f"<result>Ann: {GOOD[8:-9]}</result>", "forum", "fewer than two"),
         (f"<result>Q: why does wind blow?\nA: {GOOD[8:-9]}</result>", "qa", ""),
