@@ -189,9 +189,9 @@ def test_missing_and_binary_inputs(classifier: Classifier, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["filter", "nowhere", "in.jsonl", "-o", "out"], "nowhere is not a classifier"),
+        (["score", "nowhere", "in.jsonl", "-o", "out"], "nowhere is not a classifier"),
         (["score", "CLASSIFIER", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
-        (["filter", "CLASSIFIER", "nowhere.jsonl", "-o", "out"], "nowhere.jsonl does not exist"),
+        (["score", "CLASSIFIER", "nowhere.jsonl", "-o", "out"], "nowhere.jsonl does not exist"),
         (["train", "a.jsonl", "--negatives", "a.jsonl", "-o", "x", "--dim", "0"], "dim must be"),
     ],
 )
@@ -312,16 +312,26 @@ def test_commands_on_dirty_files(
     write(tmp_path / "good.jsonl", [{"text": t, "source": "a"} for t in prose[100:200]])
     write(tmp_path / "bad.jsonl", [{"text": t, "source": "b"} for t in shuffled[100:200]])
     (tmp_path / "dirty.jsonl").write_text((tmp_path / "good.jsonl").read_text() + "{broken\n")
-    done = json.loads(run("filter", folder, "dirty.jsonl", "bad.jsonl", "-o", "half",
+    done = json.loads(run("score", folder, "dirty.jsonl", "bad.jsonl", "-o", "half",
                           "--keep", "0.5", "--json"))  # fmt: skip
     assert done["malformed_reasons"] == {"bad JSON": 1}
     assert 90 <= done["kept"] <= 110 and done["threshold"] != 0.5
-    facts = json.loads(run("evaluate", folder, "--positives", "good.jsonl",
+    facts = json.loads(run("eval", folder, "--positives", "good.jsonl",
                            "--negatives", "bad.jsonl", "--json"))  # fmt: skip
     assert facts["f1_95"][0] <= facts["f1"] <= facts["f1_95"][1]
     assert {(row["source"], row["texts"]) for row in facts["sources"]} == {("a", 100), ("b", 100)}
     assert "words that speak against" in run("inspect", folder)
-    refused = subprocess.run([SCRIPT, "score", folder, "dirty.jsonl", "-o", "s.jsonl"],
+    refused = subprocess.run([SCRIPT, "score", folder, "dirty.jsonl"],
                              capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
     assert refused.returncode == 2 and "dirty.jsonl:101: bad JSON" in refused.stderr
-    assert not (tmp_path / "s.jsonl").exists()
+    scores = run("score", folder, "bad.jsonl").split()
+    expected = classifier.score(json.loads(x)["text"] for x in (tmp_path / "bad.jsonl").open())
+    assert [float(s) for s in scores] == pytest.approx(expected.tolist(), abs=1e-6)
+    table = json.loads(run("calibrate", folder, "dirty.jsonl", "bad.jsonl", "--keep", "0.5",
+                           "--json"))  # fmt: skip
+    assert table["thresholds"]["0.5"] == done["threshold"]
+    assert "12 texts" in run("inspect", "half", "--samples", "1") or "texts" in run(
+        "inspect", "half"
+    )
+    page = (tmp_path / "half/inspect.html").read_text()
+    assert page.count("<details>") >= 4 and "<script" not in page

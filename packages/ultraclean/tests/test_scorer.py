@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ultraclean import Classifier, ClassifierConfig, train
+from ultraclean.collapsing import collapse
 from ultraclean.hashing import word_hashes
 from ultraclean.library import predict
 from ultraclean.reference import END, features, probability, word_hash
-from ultraclean.scorer import collapse
 
 AWKWARD = [
     "",

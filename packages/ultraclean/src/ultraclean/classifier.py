@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ultraclean import library
+from ultraclean import library, model_file
 from ultraclean._files import atomic_path, sha256, write_json
+from ultraclean.collapsing import table_of
 from ultraclean.config import ClassifierConfig
 from ultraclean.normalise import Normaliser
 from ultraclean.reference import END, tokens
-from ultraclean.scorer import Scorer, collapse
+from ultraclean.scorer import Scorer
 
 if TYPE_CHECKING:
     from fasttext.FastText import _FastText
@@ -70,22 +71,15 @@ def train(
         folder.mkdir()
         model = library.fit(lines, config, folder / "seeds.txt")
         model.save_model(str(folder / _MODEL))
-        _collapsed(model, config.word_ngrams).save(folder)
-        if config.tokenizer is not None:
-            shutil.copyfile(config.tokenizer, folder / _TOKENIZER)
-        write_json(
-            folder / "manifest.json",
-            {
-                "format": 1,
-                "config": config.to_dict(),
-                "tokenizer_sha256": normaliser.tokenizer_hash,
-                "normaliser_fingerprint": normaliser.fingerprint,
-                "texts": {label: len(texts) for label, texts in classes.items()},
-                "texts_used": {label: size for label in classes},
-                "library": library.version(),
-                "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
-            },
-        )
+        del model  # gigabytes: what follows maps the file
+        made = model_file.read(folder / _MODEL)
+        words = b"".join(word + b"\n" for word in made.words)
+        Scorer(table_of(made, *library.LABELS), words, config.word_ngrams).save(folder)
+        _finish(folder, config, {
+            "texts": {label: len(texts) for label, texts in classes.items()},
+            "texts_used": {label: size for label in classes},
+            "library": library.version(),
+        })  # fmt: skip
     return Classifier.load(output)
 
 
@@ -103,12 +97,71 @@ def _prepare(texts: Iterable[str], normaliser: Normaliser) -> list[str]:
     return [line for line in lines if line]
 
 
-def _collapsed(model: _FastText, ngrams: int) -> Scorer:
-    labels = model.get_labels()
-    outputs = model.get_output_matrix()
-    positive, negative = (outputs[labels.index(label)] for label in library.LABELS)
-    words = [w.encode("utf-8", "replace") for w in model.get_words(on_unicode_error="replace")]
-    return Scorer(collapse(model.get_input_matrix(), positive, negative), words, ngrams)
+def convert(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    normaliser: str,
+    tokenizer: str | None = None,
+    *,
+    positive: str = library.LABELS[0],
+    keep_model: bool = False,
+) -> Classifier:
+    """Make a classifier folder of any two-label fastText model, .bin or .ftz; needs no fastText.
+
+    Args:
+        model: the fastText file.
+        output: the folder to write; replaced if it exists.
+        normaliser, tokenizer: how the model's training text was made into words. Nothing in the
+            file says it, and with another one its scores mean nothing.
+        positive: its label of good text.
+        keep_model: copy a .bin into the folder, for `exact` and the reference backend.
+
+    Raises:
+        FileNotFoundError: no such model or tokenizer.
+        ValueError: it is none that can be collapsed; see `collapsing.table_of`.
+    """
+    found = model_file.read(model)
+    others = [label for label in found.labels if label != positive]
+    if positive not in found.labels or len(found.labels) != 2:
+        raise ValueError(
+            f"{model} has the labels {', '.join(found.labels[:5])}: expected two, with the good "
+            f"text's, {positive!r}, among them (--positive)"
+        )
+    table = table_of(found, positive, others[0])
+    settings = found.settings
+    config = ClassifierConfig(
+        dim=settings["dim"], word_ngrams=settings["word_ngrams"], bucket=max(1, settings["bucket"]),
+        min_count=max(1, settings["min_count"]), epochs=settings["epoch"], normaliser=normaliser,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    words = b"".join(word + b"\n" for word in found.words)
+    with atomic_path(output) as folder:
+        folder.mkdir()
+        dense = isinstance(found.inputs, model_file.DenseMatrix)
+        if keep_model and dense and found.pruned is None:
+            shutil.copyfile(model, folder / _MODEL)
+        Scorer(table, words, config.word_ngrams).save(folder)
+        _finish(folder, config, {"converted_from": sha256(model), "positive": positive,
+                                 "labels": found.labels})  # fmt: skip
+    return Classifier.load(output)
+
+
+def _finish(folder: Path, config: ClassifierConfig, facts: dict[str, Any]) -> None:
+    """The tokenizer's copy and the manifest, last of a folder's files."""
+    normaliser = Normaliser(config.normaliser, config.tokenizer)
+    if config.tokenizer is not None:
+        shutil.copyfile(config.tokenizer, folder / _TOKENIZER)
+    write_json(
+        folder / "manifest.json",
+        {
+            "format": 1,
+            "config": config.to_dict(),
+            "tokenizer_sha256": normaliser.tokenizer_hash,
+            "normaliser_fingerprint": normaliser.fingerprint,
+            **facts,
+            "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+        },
+    )
 
 
 class Classifier:
@@ -136,6 +189,7 @@ class Classifier:
             )
         self.scorer = Scorer.load(folder, self.config.word_ngrams)
         self._model: _FastText | None = None
+        self._matrices: tuple[np.ndarray, np.ndarray, int] | None = None
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Classifier:
@@ -165,11 +219,15 @@ class Classifier:
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}/manifest.json is broken ({error}): train again") from None
 
-    def score(self, texts: Iterable[str], backend: Backend = "auto") -> np.ndarray:
+    def score(
+        self, texts: Iterable[str], backend: Backend = "auto", *, exact: bool = False
+    ) -> np.ndarray:
         """P(good) of raw texts, fp32 `[texts]`, after the classifier's own normalisation.
 
         Args:
             texts: raw texts, of any kind and length.
+            exact: fastText's score to the last bit, from the whole model, which is mapped from
+                `model.bin`; slower by the width of the model.
             backend: `collapsed`, the table of scalars; `reference`, fastText's own prediction
                 (needs the library and the whole model in memory); `auto` takes `collapsed`,
                 whose scores do not depend on what is installed.
@@ -180,18 +238,37 @@ class Classifier:
         """
         if backend not in ("auto", "collapsed", "reference"):
             raise ValueError(f"unknown backend {backend!r}: auto, collapsed or reference")
-        words = map(self.normaliser, texts)
+        if exact:
+            return self._exact(map(self.normaliser, texts))
         if backend != "reference":
-            return self.scorer.score(words)
+            return self.scorer.score_raw(texts, self.normaliser)[0]
+        words = map(self.normaliser, texts)
         if self._model is None:
-            if not (self.folder / _MODEL).is_file():
-                raise FileNotFoundError(
-                    f"{self.folder / _MODEL} does not exist: the backend reference needs it; "
-                    "restore it, or use backend='collapsed'"
-                )
-            _check(self.folder / _MODEL, self.manifest["files"][_MODEL])
-            self._model = library.load(self.folder / _MODEL)
-        return library.predict(self._model, words)
+            self._model = library.load(self._whole_model("the backend reference"))
+        return library.predict(self._model, words, self._positive)
+
+    @property
+    def _positive(self) -> str:
+        return self.manifest.get("positive", library.LABELS[0])
+
+    def _whole_model(self, who: str) -> Path:
+        path = self.folder / _MODEL
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist: {who} needs it; restore it, or use backend='collapsed'"
+            )
+        _check(path, self.manifest["files"][_MODEL])
+        return path
+
+    def _exact(self, words: Iterable[str]) -> np.ndarray:
+        if self._matrices is None:
+            model = model_file.read(self._whole_model("an exact score"))
+            assert isinstance(model.inputs, model_file.DenseMatrix)
+            column = model.labels.index(self._positive)
+            self._matrices = model.inputs.values, model.outputs, column
+        inputs, outputs, column = self._matrices
+        shares = self.scorer.exact(words, inputs, outputs)[:, column]
+        return np.where(np.isnan(shares), np.float32(0.5), np.minimum(shares, np.float32(1)))
 
     @property
     def identity(self) -> str:

@@ -5,25 +5,40 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ultraclean import _cli
+from ultraclean import _cli, cli_corpus, cli_verify
+from ultraclean._cli_options import (
+    AsJson,
+    By,
+    DropDuplicates,
+    Folder,
+    Inputs,
+    MinChars,
+    Negatives,
+    Normaliser,
+    SourceKey,
+    TextKey,
+    Tokenizer,
+    Workers,
+)  # fmt: skip
 
 app = typer.Typer(
-    help="Train a quality classifier on good and bad text, score text with it, keep the good part.",
+    help="Train a quality classifier on good and bad text, filter a corpus with it, and check on a "
+    "small language model that the filtered text helps.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-Files = Annotated[list[Path], typer.Argument(help="JSON lines (.jsonl, .jsonl.gz, .jsonl.zst).")]
-Folder = Annotated[Path, typer.Argument(help="Classifier folder, as `ultraclean train` writes it.")]
-Negatives = Annotated[list[Path], typer.Option(help="JSON lines of bad text; repeatable.")]
-TextKey = Annotated[str, typer.Option(help="Column that holds the text.")]
-SourceKey = Annotated[str, typer.Option(help="Column that says where a text is from.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
+app.command("score")(cli_corpus.score)
+app.command("dedup")(cli_corpus.dedup)
+app.command("inspect")(cli_corpus.inspect)
+app.command("verify")(cli_verify.verify)
+app.command("loop")(cli_verify.loop)
+app.command("generate")(cli_verify.generate)
 
 
 @app.command()
@@ -37,12 +52,8 @@ def train(
     min_count: Annotated[int, typer.Option(help="Rarer words have no row of their own.")] = 5,
     epochs: Annotated[int, typer.Option(help="Passes over the seeds.")] = 3,
     bucket: Annotated[int, typer.Option(help="Rows for n-grams: 4 · dim bytes each.")] = 2_000_000,
-    normaliser: Annotated[
-        str, typer.Option(help="ultrafine, ultrafine-words, whitespace, dclm or zh-char.")
-    ] = "ultrafine-words",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="tokenizer.json for the normaliser `ultrafine`.")
-    ] = None,
+    normaliser: Normaliser = "ultrafine-words",
+    tokenizer: Tokenizer = None,
     seed: Annotated[int, typer.Option(help="Of the balancing, the shuffle and fastText.")] = 0,
     threads: Annotated[int, typer.Option(help="1 is repeatable to the byte.")] = 1,
     text_key: TextKey = "text",
@@ -70,7 +81,6 @@ def train(
           f"and {made['texts_used']['neg']} bad of {made['texts']['neg']}")  # fmt: skip
 
 
-@app.command("evaluate", hidden=True)
 @app.command("eval")
 def evaluate(
     classifier: Folder,
@@ -121,123 +131,64 @@ def evaluate(
 
 
 @app.command()
-def score(
+def calibrate(
     classifier: Folder,
-    inputs: Files,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="JSON lines to write: the input's with their scores."),
+    inputs: Inputs,
+    keep: Annotated[
+        list[float] | None, typer.Option(help="Share to keep, in (0, 1]; repeatable.")
     ] = None,
+    by: By = "characters",
+    min_chars: MinChars = 0,
+    drop_duplicates: DropDuplicates = False,
+    workers: Workers = 1,
     text_key: TextKey = "text",
-) -> None:
-    """Add `ultraclean_score` to each line, or print the scores alone, in the order of the input.
-
-    A malformed line is an error: `ultraclean filter --threshold 0` sets them aside instead.
-    """
-    from ultraclean._files import atomic_path
-    from ultraclean.classifier import Classifier
-    from ultraclean.jsonl import open_text, with_columns
-    from ultraclean.reading import counting, with_scores
-
-    model = Classifier.load(classifier)
-    for path in inputs:
-        open_text(path).close()
-    if output is None:
-        for _, _, found in with_scores(model, inputs, text_key):
-            print(f"{found:.6f}")
-        return
-    done = 0
-    with (
-        counting("lines scored:") as progress,
-        atomic_path(output) as partial,
-        partial.open("wb") as out,
-    ):
-        for raw, record, found in with_scores(model, inputs, text_key):
-            out.write(with_columns(raw, record, {"ultraclean_score": round(found, 6)}))
-            done += 1
-            progress(done)
-    print(f"{output}: {done} lines")
-
-
-@app.command("filter")
-def filter_(
-    classifier: Folder,
-    inputs: Files,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    threshold: Annotated[
-        float | None, typer.Option(help="Keep scores of at least this.", show_default="0.5")
-    ] = None,
-    keep_fraction: Annotated[
-        float | None,
-        typer.Option(
-            "--keep-fraction", "--keep",
-            help="Keep this share of all characters, the best-scoring; reads the input twice.",
-        ),
-    ] = None,
-    min_chars: Annotated[int, typer.Option(help="Reject shorter texts.")] = 0,
-    drop_duplicates: Annotated[bool, typer.Option(help="Reject texts seen before.")] = False,
-    strict: Annotated[bool, typer.Option(help="Stop at a malformed line.")] = False,
-    restart: Annotated[
-        bool, typer.Option(help="Remove what an earlier call wrote there; else go on with it.")
-    ] = False,
-    text_key: TextKey = "text",
-    source_key: SourceKey = "source",
     as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Split inputs into kept.jsonl, rejected.jsonl and malformed.jsonl; every line is counted.
+) -> None:
+    """Thresholds for a budget: which score keeps which share of a corpus's text.
 
-    After a kill, the same command goes on where it was. report.json has the counts by source and
-    reason, and examples.
+    `--by texts` makes it a percentile: `--keep 0.1` is DCLM's best tenth.
     """
+    from ultraclean.budget import thresholds_for_corpus
     from ultraclean.classifier import Classifier
-    from ultraclean.filter import filter_corpus, threshold_for_corpus
     from ultraclean.reading import counting
 
-    if threshold is not None and keep_fraction is not None:
-        raise ValueError("--threshold and --keep-fraction exclude each other: give one of them")
+    shares = keep or [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8]
     model = Classifier.load(classifier)
-    chosen: dict[str, Any] = {
-        "text_key": text_key, "min_chars": min_chars, "drop_duplicates": drop_duplicates
-    }  # fmt: skip
-    if keep_fraction is not None:
-        with counting("lines scored, to find the threshold:") as progress:
-            threshold = threshold_for_corpus(
-                inputs, model, keep_fraction, **chosen, progress=progress
-            )
-    threshold = 0.5 if threshold is None else threshold
-    with counting("lines filtered:") as progress:
-        report = filter_corpus(
-            inputs, output, model, threshold=threshold, source_key=source_key, strict=strict,
-            resume=not restart, progress=progress, **chosen,
+    with counting("rows scored:") as progress:
+        found = thresholds_for_corpus(
+            inputs, model, shares, text_key=text_key, min_chars=min_chars,
+            drop_duplicates=drop_duplicates, by=by, workers=workers, progress=progress,
         )  # fmt: skip
     if as_json:
-        print(json.dumps({"threshold": threshold, **report.to_dict()}))
+        print(json.dumps({"by": by, "thresholds": dict(zip(map(str, shares), found, strict=True))}))
         return
-    print(f"{report.total} lines = {report.kept} kept + {report.rejected} rejected + "
-          f"{report.malformed} malformed (threshold {threshold:g})")  # fmt: skip
-    for reason, count in {**report.reasons, **report.malformed_reasons}.items():
-        print(f"  {reason}: {count}")
+    print(f"{'keep':>7}  threshold   (share of all {by})")
+    for share, threshold in zip(shares, found, strict=True):
+        print(f"{100 * share:6.1f}%  {threshold:.6f}")
 
 
 @app.command()
-def inspect(
-    classifier: Folder,
-    words: Annotated[int, typer.Option(help="How many words of each end to show.")] = 15,
+def convert(
+    model: Annotated[Path, typer.Argument(help="fastText model, .bin or .ftz, with two labels.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Classifier folder to write.")],
+    normaliser: Normaliser,
+    tokenizer: Tokenizer = None,
+    positive: Annotated[str, typer.Option(help="The model's label of good text.")] = "__label__pos",
+    keep_model: Annotated[
+        bool, typer.Option(help="Copy a .bin into the folder, for exact scores.")
+    ] = False,
 ) -> None:
-    """Show how a classifier was trained, and which words speak for and against a text.
+    """Make a classifier of anybody's fastText model: a table of a few MB, whatever its width.
 
-    The number beside a word is its share in the logit: that of a text is the mean over its words
-    and n-grams.
+    Nothing in the file says how its training text was made into words, so you must: with another
+    normaliser its scores mean nothing. Ultra-FineWeb's own classifiers want `ultrafine` and
+    DeepSeek-V2's tokenizer, DCLM's wants `dclm`.
     """
-    from ultraclean.classifier import Classifier
+    from ultraclean.classifier import convert as make
 
-    model = Classifier.load(classifier)
-    print(json.dumps({k: v for k, v in model.manifest.items() if k != "files"}, indent=2))
-    ranked = model.scorer.words_by_scalar()
-    for title, chosen in (("for", ranked[:words]), ("against", ranked[::-1][:words])):
-        print(f"\nwords that speak {title} a text:")
-        for word, scalar in chosen:
-            print(f"  {scalar:+9.4f}  {word}")
+    made = make(model, output, normaliser, tokenizer, positive=positive, keep_model=keep_model)
+    size = (output / "scalars.npy").stat().st_size
+    print(f"{output}: {len(made.scorer.words)} words, a table of {size / 1e6:.1f} MB")
 
 
 def main() -> None:

@@ -73,8 +73,8 @@ def load(path: Path) -> _FastText:
     return _import().load_model(str(path))
 
 
-def predict(model: _FastText, texts: Iterable[str]) -> np.ndarray:
-    """P(__label__pos) as the library says, at most 1, fp32 `[texts]`.
+def predict(model: _FastText, texts: Iterable[str], positive: str = LABELS[0]) -> np.ndarray:
+    """P(positive) as the library says, at most 1, fp32 `[texts]`.
 
     A text whose words have no row at all gets no label from the library, and 0.5 here.
     """
@@ -83,7 +83,7 @@ def predict(model: _FastText, texts: Iterable[str]) -> np.ndarray:
     while batch := list(islice(texts, 1000)):
         for labels, values in zip(*model.predict(batch, k=2), strict=True):
             found = dict(zip(labels, values, strict=True))
-            shares.append(min(1.0, float(found[LABELS[0]])) if found else 0.5)
+            shares.append(min(1.0, float(found[positive])) if found else 0.5)
     return np.array(shares, np.float32)
 
 

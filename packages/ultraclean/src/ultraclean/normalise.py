@@ -11,13 +11,23 @@ import re
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    from ultraclean.bpe import Tables
+    from ultraclean.folding import Fold
+    from ultraclean.native_args import BpeArgs
+    from ultraclean.scorer import Scorer
 
 # Control characters that fastText would take for the end of a word or of the line.
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _MANY_NEWLINES = re.compile(r"\n{3,}")
 _SPACES = re.compile(r" +")
 # Unified ideographs with their extensions, and the compatibility ones.
-_CJK = re.compile(r"([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])")
+CJK = re.compile(r"([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])")
 # Normalised when a model is trained and again when it is loaded: a Python with other Unicode
 # tables, or another version of this file, then gives itself away.
 _PROBE = "A\r\n\n\n\n\tÉcole  ﬁ Ⅷ 你好\u00a0\u0301か\u3099 Ǆ \x85\u2028x \U0001f642\U00020000 </s>"
@@ -31,16 +41,21 @@ def _fold(text: str) -> str:
     return "".join(c for c in text if unicodedata.category(c) != "Mn")
 
 
-def _escape(text: str) -> str:
-    """Steps 5–6: control characters spelled out, one space between words."""
+def spell_out(text: str) -> str:
+    """Step 5: control characters as two."""
     for character, spelled in _ESCAPES.items():
         text = text.replace(character, spelled)
-    return _SPACES.sub(" ", text).strip()
+    return text
+
+
+def escape(text: str) -> str:
+    """Steps 5–6: control characters spelled out, one space between words."""
+    return _SPACES.sub(" ", spell_out(text)).strip()
 
 
 def _words(text: str) -> str:
     """Ultra-FineWeb's steps without its BPE: newlines become words of their own."""
-    return _escape(_fold(text).replace("\n", " \n ").replace("\t", " "))
+    return escape(_fold(text).replace("\n", " \n ").replace("\t", " "))
 
 
 def _whitespace(text: str) -> str:
@@ -53,7 +68,7 @@ def _dclm(text: str) -> str:
 
 
 def _zh_char(text: str) -> str:
-    return " ".join(_CJK.sub(r" \1 ", _fold(text)).split())
+    return " ".join(CJK.sub(r" \1 ", _fold(text)).split())
 
 
 _PLAIN: dict[str, Callable[[str], str]] = {
@@ -93,6 +108,8 @@ class Normaliser:
     def __init__(self, name: str, tokenizer: str | Path | None = None) -> None:
         self.name = name
         self.tokenizer_hash: str | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.tables: Tables | None = None
         if name == "ultrafine":
             if tokenizer is None:
                 raise ValueError(
@@ -119,6 +136,10 @@ class Normaliser:
             tokenizer = Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
+        from ultraclean.bpe import tables_of
+
+        self.tokenizer = tokenizer
+        self.tables, self.left_to_library = tables_of(data)
 
         class Pieces(dict[int, str]):
             """Each id decoded alone, so its text does not depend on the context: once is enough."""
@@ -131,9 +152,42 @@ class Normaliser:
 
         def apply(text: str) -> str:
             ids = tokenizer.encode(_fold(text), add_special_tokens=False).ids
-            return _escape(" ".join([pieces[i] for i in ids]))
+            return escape(" ".join([pieces[i] for i in ids]))
 
         return apply
+
+    @property
+    def fold(self) -> Fold:
+        """What each code point becomes, for the native code."""
+        from ultraclean.folding import fold_of
+
+        return fold_of(self.name)
+
+    def features(self, scorer: Scorer) -> BpeArgs:
+        """What each token of the tokenizer adds to a classifier's score, for the native code."""
+        from ultraclean import bpe, native, native_args
+
+        tokens, several = bpe.features_of_tokens(self.tokenizer, scorer.words, scorer.table)
+        if self.tables is not None:
+            return self.tables.args(tokens, several)
+        args = native_args.BpeArgs(tokens=tokens.ctypes.data, several=several.ctypes.data)
+        return native.keep(args, tokens, several)
+
+    def ids(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(token ids uint32 of all texts, offsets int64 `[texts + 1]`) from `tokenizers`."""
+        import numpy as np
+
+        folded = [_fold(t.encode("utf-8", "replace").decode("utf-8")) for t in texts]
+        encoded = self.tokenizer.encode_batch_fast(folded, add_special_tokens=False)
+        offsets = np.zeros(len(texts) + 1, np.int64)
+        np.cumsum([len(e.ids) for e in encoded], out=offsets[1:])
+        return np.array([i for e in encoded for i in e.ids] + [0], np.uint32), offsets
+
+    def count(self, text: str, made: str) -> int:
+        """Tokens of a text, or words where there is no tokenizer; `made` is the normalised text."""
+        if self.tokenizer is None:
+            return len(made.split())
+        return int(self.ids([text])[1][-1])
 
     @property
     def fingerprint(self) -> str:

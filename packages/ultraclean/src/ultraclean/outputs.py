@@ -1,7 +1,7 @@
 """The outputs of a filter under way, and the record of how far they are good.
 
 Outputs are called `*.partial` until all is done. Every second or so they are flushed to disk and
-`progress.json` records how many lines of which input are done and how long each output then was. A
+`progress.json` records how many blocks of which input are done and how long each output then was. A
 killed run cuts the outputs back to the record and goes on, so that its outputs are byte for byte
 those of an uninterrupted run.
 """
@@ -15,10 +15,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ultraclean._files import remove_abandoned, write_json
 from ultraclean.report import FilterReport
+
+if TYPE_CHECKING:
+    from ultraclean.jsonl_format import JsonLines
+    from ultraclean.parquet_format import Parquet
 
 STREAMS = ("kept", "rejected", "malformed")
 # At most this much work is lost to a kill, plus one chunk. A save takes some ten milliseconds.
@@ -49,7 +53,7 @@ def only_run(folder: Path) -> Iterator[None]:
         os.close(descriptor)  # which ends the lock, as a kill does
 
 
-def finished(folder: Path, job: Job) -> FilterReport | None:
+def finished(folder: Path, job: Job, suffix: str) -> FilterReport | None:
     """The report of an equal job that is done; None if there is none.
 
     Raises:
@@ -61,11 +65,11 @@ def finished(folder: Path, job: Job) -> FilterReport | None:
         found = FilterReport(**report)
     except FileNotFoundError:
         mine = (folder / "progress.json").exists()
-        taken = [name for name in STREAMS if (folder / f"{name}.jsonl").exists()]
+        taken = [name for name in STREAMS if (folder / f"{name}{suffix}").exists()]
         if taken and not mine:
             raise ValueError(
-                f"{folder}/{taken[0]}.jsonl is not ours (there is no report.json): choose another "
-                "output folder"
+                f"{folder}/{taken[0]}{suffix} is not ours (there is no report.json): choose "
+                "another output folder"
             ) from None
         return None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -83,8 +87,13 @@ def finished(folder: Path, job: Job) -> FilterReport | None:
 
 def clear(folder: Path) -> None:
     """Remove what a run wrote, finished or not, and nothing else."""
-    for name in ("report.json", *(f"{s}.jsonl" for s in STREAMS), "progress.json",
-                 *(f"{s}.jsonl.partial" for s in STREAMS)):  # fmt: skip
+    try:
+        whole = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        suffix = whole["job"]["suffix"]
+        names = [f"{stream}{suffix}" for stream in STREAMS]
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        names = []
+    for name in ("report.json", *names, "progress.json", *(f"{s}.partial" for s in STREAMS)):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -94,9 +103,10 @@ class Outputs:
     Args:
         folder: where they are.
         job: what they are the outputs of.
+        form: the format: what an output begins with, and how it gets its name.
 
     Attributes:
-        file, line: work goes on after this many lines of the input of that index.
+        file, block: work goes on after this many blocks of the input of that index.
         report: what has been counted so far.
         resumed: is there anything from an earlier run?
 
@@ -104,10 +114,10 @@ class Outputs:
         ValueError: the folder holds unfinished work of another job.
     """
 
-    def __init__(self, folder: Path, job: Job) -> None:
-        self.folder, self.job = folder, job
+    def __init__(self, folder: Path, job: Job, form: JsonLines | Parquet) -> None:
+        self.folder, self.job, self._form = folder, job, form
         self.report = FilterReport()
-        self.file, self.line = 0, 0
+        self.file, self.block = 0, 0
         self._out: dict[str, BinaryIO] = {}
         lengths = dict.fromkeys(STREAMS, 0)
         state = self._load()
@@ -115,7 +125,7 @@ class Outputs:
         self.complete = state is not None and state["complete"]
         if state is not None:
             self.report = FilterReport(**state["report"])
-            self.file, self.line, lengths = state["file"], state["line"], state["lengths"]
+            self.file, self.block, lengths = state["file"], state["block"], state["lengths"]
         self._saved = time.monotonic()
         if self.complete:
             return
@@ -123,11 +133,13 @@ class Outputs:
             stream = self.partial(name).open("r+b" if self.partial(name).exists() else "w+b")
             stream.truncate(lengths[name])
             stream.seek(lengths[name])
+            if not lengths[name]:
+                stream.write(form.header())
             self._out[name] = stream
 
     def partial(self, name: str) -> Path:
         """Where an output grows."""
-        return self.folder / f"{name}.jsonl.partial"
+        return self.folder / f"{name}.partial"
 
     def _load(self) -> dict[str, Any] | None:
         try:
@@ -155,13 +167,13 @@ class Outputs:
                     )
         return state
 
-    def write(self, stream: str, line: bytes) -> None:
-        """Append a line, its newline included."""
-        self._out[stream].write(line)
+    def write(self, stream: str, data: bytes) -> None:
+        """Append."""
+        self._out[stream].write(data)
 
-    def advance(self, file: int, line: int) -> None:
-        """All lines up to this one are written; save, if the last time is long enough ago."""
-        self.file, self.line = file, line
+    def advance(self, file: int, block: int) -> None:
+        """All blocks before this one are written; save, if the last time is long enough ago."""
+        self.file, self.block = file, block
         if time.monotonic() - self._saved >= SAVE_SECONDS:
             self._save()
 
@@ -175,7 +187,7 @@ class Outputs:
                 "job": self.job,
                 "complete": complete,
                 "file": self.file,
-                "line": self.line,
+                "block": self.block,
                 "lengths": {name: stream.tell() for name, stream in self._out.items()},
                 "report": self.report.to_dict(),
             },
@@ -191,7 +203,7 @@ class Outputs:
             self.close()
         for name in STREAMS:
             if self.partial(name).exists():  # or it was renamed before a kill
-                os.replace(self.partial(name), self.folder / f"{name}.jsonl")
+                self._form.finish(self.partial(name), self.folder / f"{name}{self._form.suffix}")
         write_json(self.folder / "report.json", {"job": self.job, **report.to_dict()})
         (self.folder / "progress.json").unlink()
         return report

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ultraclean.classifier import Classifier
-from ultraclean.jsonl import lines, parse
+from ultraclean.jsonl import lines, open_text, parse
 
 Progress = Callable[[int], None]
 """Called with the number of texts done."""
@@ -64,11 +64,25 @@ def scored(
     return model.score(each()).tolist(), sources
 
 
-def with_scores(
-    model: Classifier, inputs: list[Path], key: str
-) -> Iterator[tuple[bytes, dict[str, Any], float]]:
-    """Each line as it is, parsed, and its score."""
+def print_scores(model: Classifier, inputs: list[Path], key: str) -> None:
+    """A score a line, in the order of the input; a malformed line is an error."""
+    for path in inputs:
+        open_text(path).close()
     pending = records(inputs, key)
     while batch := list(islice(pending, 500)):
-        found = model.score(record[key] for _, record in batch).tolist()
-        yield from ((raw, record, s) for (raw, record), s in zip(batch, found, strict=True))
+        for found in model.score(record[key] for _, record in batch).tolist():
+            print(f"{found:.6f}")
+
+
+@contextmanager
+def stepping(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal with what is done of how many; nothing on a pipe."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)

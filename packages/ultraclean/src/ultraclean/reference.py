@@ -18,7 +18,7 @@ import numpy as np
 END = b"</s>"
 LABEL = b"__label__"
 NGRAM_FACTOR = 116049371
-_SEPARATORS = re.compile(rb"[ \n\r\t\v\f\0]+")
+SEPARATORS = re.compile(rb"[ \n\r\t\v\f\0]+")
 
 
 def word_hash(word: bytes) -> int:
@@ -32,7 +32,7 @@ def word_hash(word: bytes) -> int:
 
 def tokens(text: str) -> list[bytes]:
     """The words the library reads from one document, the end mark included."""
-    found = [w for w in _SEPARATORS.split(text.encode("utf-8", "replace")) if w]
+    found = [w for w in SEPARATORS.split(text.encode("utf-8", "replace")) if w]
     if END in found:
         found = found[: found.index(END)]
     return [*(w for w in found if not w.startswith(LABEL)), END]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,41 +44,56 @@ class FilterReport:
         self.malformed += 1
         self.malformed_reasons[reason] = self.malformed_reasons.get(reason, 0) + 1
 
-    def count(self, source: str, reason: str, example: Example) -> None:
-        """One more line that was kept, or rejected for a reason.
+    def count_block(
+        self,
+        sources: list[str],
+        reasons: list[str],
+        scores: list[float],
+        example: Callable[[int], Example],
+    ) -> None:
+        """Many lines that were kept, or rejected for a reason.
 
         Args:
-            source: where it is from.
-            reason: why it was rejected; "" if it was kept.
-            example: `score` and what else to show of it.
+            sources: where each is from.
+            reasons: why each was rejected; "" if it was kept.
+            scores: of each.
+            example: what to show of the line of that index, `score` included.
         """
+        for (source, reason), lines in Counter(zip(sources, reasons, strict=True)).items():
+            self._count(source, reason, lines)
+        for side, shown in (("kept", ""), ("dropped", "score")):
+            found = [i for i, reason in enumerate(reasons) if reason == shown]
+            upward = -1 if shown else 1
+            for name, sign in (("surest", upward), ("barely", -upward)):
+                # Of equals the first seen: the sort is stable.
+                best = heapq.nsmallest(EXAMPLES, found, key=lambda i: -sign * scores[i])  # noqa: B023
+                for i in best:
+                    self._show(f"{side}, {name}", sign * scores[i], i, example, sign)
+
+    def _count(self, source: str, reason: str, lines: int) -> None:
         if source not in self.by_source and len(self.by_source) >= MOST_SOURCES:
             source = OTHER_SOURCES
-        self.total += 1
+        self.total += lines
         counts = self.by_source.setdefault(source, {"kept": 0, "rejected": 0})
         if reason:
-            self.rejected += 1
-            counts["rejected"] += 1
-            self.reasons[reason] = self.reasons.get(reason, 0) + 1
+            self.rejected += lines
+            counts["rejected"] += lines
+            self.reasons[reason] = self.reasons.get(reason, 0) + lines
             reasons = self.reasons_by_source.setdefault(source, {})
-            reasons[reason] = reasons.get(reason, 0) + 1
+            reasons[reason] = reasons.get(reason, 0) + lines
         else:
-            self.kept += 1
-            counts["kept"] += 1
-        if reason in ("", "score"):
-            side = "dropped" if reason else "kept"
-            upward = -1 if reason else 1
-            self._show(f"{side}, surest", example, upward)
-            self._show(f"{side}, barely", example, -upward)
+            self.kept += lines
+            counts["kept"] += lines
 
-    def _show(self, name: str, example: Example, sign: int) -> None:
-        """Keep the `EXAMPLES` with the highest sign · score; of equals the first seen."""
+    def _show(
+        self, name: str, rank: float, i: int, example: Callable[[int], Example], sign: int
+    ) -> None:
+        """Keep the `EXAMPLES` with the highest rank, sign · score; of equals the first seen."""
         shown = self.examples.setdefault(name, [])
-        rank = sign * example["score"]
         if len(shown) == EXAMPLES and rank <= sign * shown[-1]["score"]:
             return
         at = sum(sign * other["score"] >= rank for other in shown)
-        shown.insert(at, example)
+        shown.insert(at, example(i))
         del shown[EXAMPLES:]
 
     def ordered(self) -> FilterReport:

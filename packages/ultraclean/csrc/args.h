@@ -1,0 +1,109 @@
+// The C interface: every operation is `int32_t ultraclean_<op>(const <op>_args *, ith, nth)`, 0 or an error code.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+// Words of the vocabulary, found by fastText's hash: open addressing, a power of two slots.
+struct ultraclean_slot {
+    uint32_t hash;
+    int32_t row;  // -1: empty
+    uint32_t begin, length;
+};
+
+struct ultraclean_index_args {
+    const uint8_t *words;    // all words, one after the other
+    const int64_t *offsets;  // [count + 1]
+    int64_t count;
+    ultraclean_slot *slots;  // [slot_count], zeroed by the caller
+    int64_t slot_count;
+};
+
+// What a token of the tokenizer is to the classifier: its text, decoded alone, is no word, one, or several.
+struct ultraclean_token {
+    int32_t hash;   // of the one word; of several: where they begin in `several`
+    float scalar;   // of the one word
+    uint16_t kind;  // see TokenKind
+    uint16_t words;
+};
+
+// The collapsed classifier. Everything is shared by all threads and only read.
+struct ultraclean_model {
+    const float *table;  // [vocabulary + bucket]
+    const ultraclean_slot *slots;
+    const uint8_t *words;
+    int64_t slot_count, vocabulary, bucket;
+    int32_t ngrams, pruned;  // pruned: NaN marks a row that the model does not have
+};
+
+// One code point -> what it becomes. Two levels of 256; an entry is length << 24 | offset, 0 for "itself"; bit 23 only makes an empty text differ from 0.
+struct ultraclean_fold {
+    const uint16_t *pages;    // [4352]
+    const uint32_t *entries;  // [pages][256]
+    const uint8_t *text;
+    int32_t newlines;  // at most this many in a row; 0: any number
+    int32_t trim;      // drop Unicode white space at both ends
+};
+
+// A step of the pre-tokenizer: [class]+, \s?[class]+, \s+$ or [class], each match a piece of its own.
+struct ultraclean_split {
+    uint8_t mask, space_before, many, at_end;
+};
+
+struct ultraclean_bpe {
+    const uint16_t *pages;  // code point -> class bits
+    const uint8_t *classes;
+    const ultraclean_split *splits;
+    int64_t split_count;
+    const int32_t *bytes;   // [256]: token of a byte
+    const uint64_t *pairs;  // [pair_slots][2]: left << 32 | right, rank << 32 | token; all ones: empty
+    int64_t pair_slots;
+    const ultraclean_token *tokens;
+    const ultraclean_token *several;
+    const uint8_t *added;  // texts of the added tokens, each ended by a zero: such a document is left alone
+    int64_t added_count;
+};
+
+// Scores documents. Which of `fold` and `bpe` are there decides how a document is made into words.
+struct ultraclean_score_args {
+    ultraclean_model model;
+    const uint8_t *text;     // UTF-8 of all documents
+    const int64_t *offsets;  // [documents + 1], bytes; with `ids`, tokens
+    int64_t documents;
+    const uint32_t *ids;  // documents as tokens; text is then not read
+    const ultraclean_fold *fold;
+    const ultraclean_bpe *bpe;
+    double *logits;    // [documents]; NaN: no row at all, infinity: left alone, see `bpe.added`
+    int64_t *counted;  // [documents]: tokens, or words where there are no tokens
+    uint8_t *work;     // [nth][work_stride], kept between calls: its head is the cache of pieces
+    int64_t work_stride, expansion;  // expansion: most bytes that a byte of a document can become
+};
+
+// fastText's own arithmetic on its own matrices.
+struct ultraclean_exact_args {
+    ultraclean_model model;  // table is not read
+    const uint8_t *text;
+    const int64_t *offsets;
+    int64_t documents;
+    const float *input, *output;  // [vocabulary + bucket, dim], [labels, dim]; need not be aligned
+    int64_t dim, labels;
+    float *hidden;         // [documents, labels]: probabilities as fastText says them
+    uint8_t *work;         // [nth][work_stride]
+    int64_t work_stride;
+};
+
+// MinHash of the n-grams of words: for each of `hashes` functions, the least of (a·h + b) mod 2⁶⁴, its upper half.
+struct ultraclean_minhash_args {
+    const uint8_t *text;     // UTF-8 of all documents
+    const int64_t *offsets;  // [documents + 1]
+    int64_t documents, ngrams, hashes;
+    const ultraclean_fold *fold;
+    const uint64_t *a, *b;  // [hashes]; a is odd: multiply-shift is then 2-approximately universal
+    uint32_t *signatures;   // [documents, hashes]; all ones for a document without a word
+    uint64_t *content;      // [documents]: hash of the folded words, equal for equal texts
+    uint64_t *grams;        // or null: hashes of document d's n-grams from 2 · offsets[d] + d on
+    int64_t *gram_count;    // [documents]: how many there are
+    uint8_t *work;          // [nth][work_stride]
+    int64_t work_stride, expansion;
+};
+}
