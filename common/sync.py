@@ -25,11 +25,15 @@ COPIES = {
     "native/attend.hpp": ATTENTION,
     "native/attend_args.h": ATTENTION,
     "native/broadcast_gemm.hpp": ATTENTION,
+    "native/compress.hpp": ATTENTION,
     "native/cpu_level.hpp": NATIVE,
     "native/formats.hpp": ATTENTION,
     "native/lanes.hpp": ATTENTION,
     "native/parallel.hpp": ["infllm2", "bitcpm"],
     "native/rows.hpp": ATTENTION,
+    "native/run.hpp": ATTENTION,
+    "native/select.hpp": ATTENTION,
+    "native/select_args.h": ATTENTION,
 }
 
 

@@ -97,12 +97,14 @@ def test_sparse_compares_the_same_prompts(finished: Path) -> None:
 def test_generate_writes_text_and_times_it(finished: Path) -> None:
     result = metrics(finished, "generate")
     timings = json.loads((finished / "generate" / "timings.json").read_text())
-    assert len(result["models"]) >= 2
+    ours = {"ours, full precision": "bfloat16", "ours, ternary": "ternary"}
+    assert set(ours) < set(result["models"]) and set(timings) == set(result["models"])
+    assert {timings[name]["weights"] for name in ours} <= {*ours.values(), "float32"}
     for name, model in result["models"].items():
         assert all(sample["text"].strip() for sample in model["samples"])
         assert timings[name]["decode_tokens_per_second"] > 0
         assert timings[name]["peak_memory_bytes"] > 1e7
-    facts = " ".join(s["text"] for s in result["models"]["smollm2"]["samples"])
+    facts = " ".join(s["text"] for s in result["models"]["smollm2, int4 weights"]["samples"])
     assert "Paris" in facts
 
 

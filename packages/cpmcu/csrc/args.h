@@ -7,7 +7,7 @@
 //
 // Letters: T new tokens, h hidden size, H query heads, K key-value heads, D head size, F feed-forward size.
 #pragma once
-#include "attend_args.h"
+#include "select_args.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -28,7 +28,8 @@ typedef struct {
 //   INT8      [cols / 4][16][4], bytes w + 128
 //   INT4      [cols / 8][16][4], bytes with w + 8 of columns 8 i + j below, of 8 i + 4 + j above
 // and for the integers one float16 scale for `group` columns of a row: scales [panel][cols / group][16].
-enum { CPMCU_FLOAT32 = 0, CPMCU_BFLOAT16 = 1, CPMCU_INT8 = 2, CPMCU_INT4 = 3 };
+// ROWS are somebody else's weights (bitcpm's), whose operations take activations as rows of floats.
+enum { CPMCU_FLOAT32 = 0, CPMCU_BFLOAT16 = 1, CPMCU_INT8 = 2, CPMCU_INT4 = 3, CPMCU_ROWS = 4 };
 typedef struct {
     const void *data;
     const uint16_t *scales;
@@ -37,7 +38,8 @@ typedef struct {
 } cpmcu_matrix;
 
 // What a matrix is multiplied by: T rows of `cols` numbers, in blocks of 12 tokens (one token alone: a block of 1).
-// Within a block of W: floats [cols][W], bfloat16 [cols / 2][W][2], int8 [cols / 4][W][4]. For integers, with the
+// Within a block of W: floats [cols][W], bfloat16 [cols / 2][W][2], int8 [cols / 4][W][4]; ROWS: floats [T][cols]. For
+// integers, with the
 // groups of the matrix, `scales` [block][cols / group][W] and `offsets` likewise: minus the matrix's zero point times the
 // sum of the group.
 typedef struct {
@@ -95,6 +97,16 @@ typedef struct {
     int32_t add, last, unused;
 } cpmcu_multiply_args;
 
+// x [T, width] += alpha * y.
+typedef struct {
+    const cpmcu_step *step;
+    const float *y;
+    float *x;
+    int64_t width;
+    float alpha;
+    int32_t unused;
+} cpmcu_add_args;
+
 // Splits qkv [T, (H + 2 K) D]: normalises queries and keys if there are weights [D], rotates them, writes queries
 // [T, H, D] and, from step.start on, rows of the caches [K, room, D].
 typedef struct {
@@ -106,12 +118,21 @@ typedef struct {
     int32_t dtype;
 } cpmcu_rotate_args;
 
-// Dense causal attention of q over the cache. `attend.shape.queries`, `keys`, the strides of q and out, tile and splits
-// are made from the step; `partial` has room for cpmcu_partial_floats().
+// Causal attention of q over the cache: over all keys, or over the blocks that `select` chooses where the step's first
+// token sees `sparse_from` keys or more. `attend.shape.queries`, `keys`, the strides of q and out, tile and splits are made
+// from the step, and so is what both share; `partial` has room for cpmcu_partial_floats().
 typedef struct {
     const cpmcu_step *step;
     native_attend_args attend;
+    native_select_args select;  // its blocks: room for one token
+    int64_t sparse_from;        // INT64_MAX: never
 } cpmcu_attend_args;
+
+// Compressed keys of the kernels that the step completes.
+typedef struct {
+    const cpmcu_step *step;
+    native_compress_args compress;
+} cpmcu_compress_args;
 
 // Quantises rows [rows, cols] of floats or bfloat16 to one of the layouts above; integers by the largest magnitude of
 // a group, each value to the nearest step.
@@ -127,14 +148,18 @@ int32_t cpmcu_norm(const cpmcu_norm_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_pack(const cpmcu_pack_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_swiglu(const cpmcu_swiglu_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_multiply(const cpmcu_multiply_args *, int32_t ith, int32_t nth);
+int32_t cpmcu_add(const cpmcu_add_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_rotate(const cpmcu_rotate_args *, int32_t ith, int32_t nth);
+int32_t cpmcu_compress(const cpmcu_compress_args *, int32_t ith, int32_t nth);
+int32_t cpmcu_select(const cpmcu_attend_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_attend(const cpmcu_attend_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_merge(const cpmcu_attend_args *, int32_t ith, int32_t nth);
 int32_t cpmcu_lay_out(const cpmcu_lay_out_args *, int32_t ith, int32_t nth);
 
 int64_t cpmcu_matrix_bytes(const cpmcu_matrix *);  // of its data
 int64_t cpmcu_multiply_work(const cpmcu_matrix *); // bytes a thread
-int64_t cpmcu_attend_work(const native_shape *);   // bytes a thread
+int64_t cpmcu_attend_work(const native_attend_args *);  // bytes a thread
+int64_t cpmcu_select_work(const native_select_args *);  // bytes a thread
 int64_t cpmcu_partial_floats(const native_shape *);
 int32_t cpmcu_level(void);
 const char *cpmcu_level_name(int32_t);

@@ -12,7 +12,10 @@ using namespace native;
     DO(pack, cpmcu_pack_args)         \
     DO(swiglu, cpmcu_swiglu_args)     \
     DO(multiply, cpmcu_multiply_args) \
+    DO(add, cpmcu_add_args)           \
     DO(rotate, cpmcu_rotate_args)     \
+    DO(compress, cpmcu_compress_args) \
+    DO(select, cpmcu_attend_args)     \
     DO(attend, cpmcu_attend_args)     \
     DO(merge, cpmcu_attend_args)      \
     DO(lay_out, cpmcu_lay_out_args)
@@ -46,7 +49,8 @@ EACH(ENTRY)
 
 int64_t cpmcu_matrix_bytes(const cpmcu_matrix *m) { return panels_of(*m) * panel_bytes(*m); }
 int64_t cpmcu_multiply_work(const cpmcu_matrix *m) { return round_up(multiply_work(*m), 64); }
-int64_t cpmcu_attend_work(const native_shape *s) { return round_up(attend_work(s, TILE), 64); }
+int64_t cpmcu_attend_work(const native_attend_args *a) { return round_up(attend_work(&a->shape, a->block_size), 64); }
+int64_t cpmcu_select_work(const native_select_args *s) { return select_run_work(&s->shape, &s->selection); }
 int64_t cpmcu_partial_floats(const native_shape *s) { return s->kv_heads * MOST_SPLITS * partial_floats(s); }
 
 void *cpmcu_pool(int32_t threads) { return Pool::make(threads); }

@@ -9,11 +9,9 @@ namespace native {
 inline namespace NATIVE_LEVEL {
 namespace {
 
-int32_t attend_step(const cpmcu_attend_args *base, int32_t ith, int32_t nth, bool merging) {
-    const native_attend_args a = attention_of(*base, nth);
-    if (merging && a.splits == 1) return 0;
-    if (a.shape.dtype == 0) return attend<Float32<Narrow>, Float32<Wide>>(&a, ith, nth, merging), 0;
-    if (a.shape.dtype == 1) return attend<Bf16<Narrow>, Bf16<Wide>>(&a, ith, nth, merging), 0;
+template <class Run> int32_t with_formats(int32_t dtype, Run run) {
+    if (dtype == 0) return run(Float32<Narrow>(), Float32<Wide>()), 0;
+    if (dtype == 1) return run(Bf16<Narrow>(), Bf16<Wide>()), 0;
     return 1;
 }
 
@@ -32,8 +30,22 @@ OPERATION(norm, cpmcu_norm_args)
 OPERATION(pack, cpmcu_pack_args)
 OPERATION(swiglu, cpmcu_swiglu_args)
 OPERATION(multiply, cpmcu_multiply_args)
+OPERATION(add, cpmcu_add_args)
 OPERATION(rotate, cpmcu_rotate_args)
 OPERATION(lay_out, cpmcu_lay_out_args)
-int32_t NAME(cpmcu_attend_, NATIVE_LEVEL)(const cpmcu_attend_args *a, int32_t ith, int32_t nth) { return attend_step(a, ith, nth, false); }
-int32_t NAME(cpmcu_merge_, NATIVE_LEVEL)(const cpmcu_attend_args *a, int32_t ith, int32_t nth) { return attend_step(a, ith, nth, true); }
+
+#define N decltype(narrow)
+#define W decltype(wide)
+int32_t NAME(cpmcu_compress_, NATIVE_LEVEL)(const cpmcu_compress_args *a, int32_t ith, int32_t nth) {
+    return with_formats(a->compress.dtype, [&](auto, auto wide) { compress_new<W>(*a, ith, nth); });
+}
+int32_t NAME(cpmcu_select_, NATIVE_LEVEL)(const cpmcu_attend_args *a, int32_t ith, int32_t nth) {
+    return with_formats(a->attend.shape.dtype, [&](auto narrow, auto wide) { choose_blocks<N, W>(*a, ith, nth); });
+}
+int32_t NAME(cpmcu_attend_, NATIVE_LEVEL)(const cpmcu_attend_args *a, int32_t ith, int32_t nth) {
+    return with_formats(a->attend.shape.dtype, [&](auto narrow, auto wide) { attend_step<N, W>(*a, ith, nth); });
+}
+int32_t NAME(cpmcu_merge_, NATIVE_LEVEL)(const cpmcu_attend_args *a, int32_t ith, int32_t nth) {
+    return with_formats(a->attend.shape.dtype, [&](auto narrow, auto wide) { merge_step<N, W>(*a, ith, nth); });
+}
 }

@@ -12,6 +12,10 @@ constexpr int MOST_GROUP = 512;  // columns that share a factor
 // Row t of a block of W, from floats [cols].
 inline void place(const cpmcu_packed &to, int64_t block, int W, int t, const float *x) {
     const int64_t cols = to.cols, at = block * TOKENS;
+    if (to.kind == CPMCU_ROWS) {
+        std::memcpy(static_cast<float *>(to.data) + (at + t) * cols, x, sizeof(float) * cols);
+        return;
+    }
     char *rows = static_cast<char *>(to.data) + at * bytes_of_rows(to.kind, cols);
     if (to.kind == CPMCU_FLOAT32) {
         float *out = reinterpret_cast<float *>(rows) + t;
@@ -120,6 +124,16 @@ inline int32_t swiglu(const cpmcu_swiglu_args &a, int32_t ith, int32_t nth) {
         gated(gate, gate + F, F, y);
         place(a.to, b, W, t, y);
     });
+    return 0;
+}
+
+inline int32_t add(const cpmcu_add_args &a, int32_t ith, int32_t nth) {
+    const int64_t n = a.step->tokens * a.width;
+    const auto alpha = Panel::set(a.alpha);
+    for (int64_t i = n / ROWS * ith / nth * ROWS; i < n / ROWS * (ith + 1) / nth * ROWS; i += ROWS)
+        Panel::store(a.x + i, Panel::fma(Panel::load(a.y + i), alpha, Panel::load(a.x + i)));
+    if (ith == 0)
+        for (int64_t i = n / ROWS * ROWS; i < n; ++i) a.x[i] += a.alpha * a.y[i];
     return 0;
 }
 

@@ -1,7 +1,8 @@
 // What happens to queries and keys between the projection and attention, and attention itself.
 #pragma once
 #include "args.h"
-#include "attend.hpp"
+#include "compress.hpp"
+#include "run.hpp"
 
 namespace native {
 inline namespace NATIVE_LEVEL {
@@ -43,20 +44,65 @@ constexpr int64_t MOST_SPLITS = 16;  // of one token's keys
 
 // The arguments of this step: as many tokens together as fill a unit of work and leave some for each thread, or one
 // token's keys in as many parts as their number asks for. Results do not depend on the number of threads.
-inline native_attend_args attention_of(const cpmcu_attend_args &base, int32_t nth) {
-    native_attend_args a = base.attend;
-    const int64_t T = base.step->tokens, H = a.shape.kv_heads * a.shape.group;
-    a.shape.queries = T, a.shape.keys = base.step->start + T;
-    a.q.batch = T * H * a.shape.dim, a.q.head = a.shape.dim, a.q.row = H * a.shape.dim;
-    int64_t tile = MOST_ROWS / a.shape.group;
-    tile = tile > MOST_TOKENS ? MOST_TOKENS : (tile < 1 ? 1 : tile);
-    tile = tile > T ? T : tile;
-    while (tile > 1 && a.shape.kv_heads * ((T + tile - 1) / tile) < 4 * nth) tile /= 2;
-    a.tile = tile;
-    a.splits = 1;
-    if (T == 1)
-        while (a.splits < MOST_SPLITS && a.shape.keys > 128 * a.splits * a.splits) a.splits *= 2;
-    return a;
+struct Attention {
+    bool sparse;
+    native_run_args args;
+
+    Attention(const cpmcu_attend_args &base, int32_t nth) : args{base.select, base.attend} {
+        native_attend_args &a = args.attend;
+        native_select_args &s = args.select;
+        const int64_t T = base.step->tokens, H = a.shape.kv_heads * a.shape.group;
+        sparse = base.step->start + 1 >= base.sparse_from;
+        a.shape.queries = T, a.shape.keys = base.step->start + T;
+        a.q.batch = T * H * a.shape.dim, a.q.head = a.shape.dim, a.q.row = H * a.shape.dim;
+        int64_t tile = MOST_ROWS / a.shape.group;
+        tile = tile > MOST_TOKENS ? MOST_TOKENS : (tile < 1 ? 1 : tile);
+        tile = tile > T ? T : tile;
+        while (tile > 1 && a.shape.kv_heads * ((T + tile - 1) / tile) < 4 * nth) tile /= 2;
+        a.tile = tile;
+        a.splits = 1;
+        int64_t read = a.shape.keys;
+        if (sparse) {
+            const int64_t visited = int64_t(s.selection.budget) * s.selection.block_size;
+            read = read < visited ? read : visited;
+            s.shape = a.shape, s.q = a.q;
+            a.blocks = T == 1 ? s.blocks : nullptr;  // of more tokens, lists live as long as their tile
+            s.blocks = T == 1 ? s.blocks : nullptr;
+        } else {
+            a.blocks = nullptr, a.block_size = TILE;
+        }
+        if (T == 1)
+            while (a.splits < MOST_SPLITS && read > 128 * a.splits * a.splits) a.splits *= 2;
+    }
+};
+
+// A kernel is complete with its last key.
+template <class Format> inline void compress_new(const cpmcu_compress_args &base, int32_t ith, int32_t nth) {
+    native_compress_args c = base.compress;
+    const int64_t before = base.step->start, now = before + base.step->tokens;
+    const int64_t wide = c.coarse_factor * c.kernel_size, far = c.coarse_factor * c.kernel_stride;
+    c.fine_begin = kernels_seen(before - 1, c.kernel_size, c.kernel_stride);
+    c.fine_end = kernels_seen(now - 1, c.kernel_size, c.kernel_stride);
+    c.coarse_begin = kernels_seen(before - 1, wide, far), c.coarse_end = kernels_seen(now - 1, wide, far);
+    if (c.fine_end > c.fine_begin || c.coarse_end > c.coarse_begin) compress<Format>(&c, ith, nth);
+}
+
+template <class Narrow, class Wide> inline void choose_blocks(const cpmcu_attend_args &base, int32_t ith, int32_t nth) {
+    const Attention now(base, nth);
+    if (now.sparse && base.step->tokens == 1) select<Narrow, Wide>(&now.args.select, ith, nth);
+}
+
+template <class Narrow, class Wide> inline void attend_step(const cpmcu_attend_args &base, int32_t ith, int32_t nth) {
+    const Attention now(base, nth);
+    if (now.sparse && base.step->tokens > 1)
+        run<Narrow, Wide>(&now.args, ith, nth);
+    else
+        attend<Narrow, Wide>(&now.args.attend, ith, nth, false);
+}
+
+template <class Narrow, class Wide> inline void merge_step(const cpmcu_attend_args &base, int32_t ith, int32_t nth) {
+    const Attention now(base, nth);
+    if (now.args.attend.splits > 1) attend<Narrow, Wide>(&now.args.attend, ith, nth, true);
 }
 
 }  // namespace NATIVE_LEVEL

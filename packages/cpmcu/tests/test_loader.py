@@ -207,7 +207,7 @@ def test_packed_ternary_folder(folder, tmp_path):
     wanted = Engine.from_pretrained(folder, dtype="float32")
     packed = tmp_path / "packed"
     bitcpm.pack_model(folder, packed)
-    engine = Engine.from_pretrained(packed, dtype="float32")
+    engine = Engine.from_pretrained(packed, dtype="float32", quant="float32")
     assert Source(packed).kind == "ternary"
     assert torch.equal(engine.logits(IDS), wanted.logits(IDS))
 

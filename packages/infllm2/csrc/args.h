@@ -2,9 +2,9 @@
 // `ith` of `nth`, allocates nothing, keeps no state, and returns 0, 1 (unknown dtype) or 2 (tile too large). The caller
 // owns the threads.
 //
-// Letters, strides and dtypes: see attend_args.h.
+// Letters, strides and dtypes: see attend_args.h and select_args.h.
 #pragma once
-#include "attend_args.h"
+#include "select_args.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -12,33 +12,15 @@ extern "C" {
 
 typedef native_tensor infllm2_tensor;
 typedef native_shape infllm2_shape;
+typedef native_selection infllm2_selection;
+typedef native_select_args infllm2_select_args;
+typedef native_run_args infllm2_run_args;
+typedef native_compress_args infllm2_compress_args;
 typedef native_attend_args infllm2_attend_args;  // its partial: infllm2_partial_floats for each unit and split
-
-typedef struct {
-    int32_t kernel_size, kernel_stride, coarse_factor, block_size;
-    int32_t init_blocks, window_blocks, budget, exact;
-    float scale;  // on the logits of selection
-    int32_t unused;
-} infllm2_selection;
-
-// blocks int32 [B, K, T, budget]: ascending, then -1. fine and coarse: all complete compressed keys [B, K, *, D].
-typedef struct {
-    infllm2_shape shape;
-    infllm2_selection selection;
-    infllm2_tensor q, fine, coarse;
-    int32_t *blocks;
-    char *work;  // nth * infllm2_select_work() bytes
-    int64_t work_stride;
-} infllm2_select_args;
 
 int32_t infllm2_select(const infllm2_select_args *, int32_t ith, int32_t nth);
 int32_t infllm2_attend(const infllm2_attend_args *, int32_t ith, int32_t nth);
 int32_t infllm2_merge(const infllm2_attend_args *, int32_t ith, int32_t nth);
-// Both steps for each query in turn; the selection's blocks may be null, its q and shape are the attention's.
-typedef struct {
-    infllm2_select_args select;
-    infllm2_attend_args attend;
-} infllm2_run_args;
 int32_t infllm2_run(const infllm2_run_args *, int32_t ith, int32_t nth);
 
 // Gradients of infllm2_attend over its blocks (null: all keys). attend: shape, q, k, v, blocks, width, work, tile,
@@ -56,14 +38,6 @@ typedef struct {
 int32_t infllm2_backward(const infllm2_backward_args *, int32_t ith, int32_t nth);
 int32_t infllm2_gather(const infllm2_backward_args *, int32_t ith, int32_t nth);
 
-// Writes fine kernels [fine_begin, fine_end) and coarse ones [coarse_begin, coarse_end) of the keys [B, K, S, D] into
-// `fine` and `coarse`, which hold all of them.
-typedef struct {
-    infllm2_tensor keys, fine, coarse;
-    int64_t batch, kv_heads, dim;
-    int64_t fine_begin, fine_end, coarse_begin, coarse_end;
-    int32_t kernel_size, kernel_stride, coarse_factor, dtype;
-} infllm2_compress_args;
 int32_t infllm2_compress(const infllm2_compress_args *, int32_t ith, int32_t nth);
 
 // Writes `rows` new keys and values from row `at` on into the buffers k and v.

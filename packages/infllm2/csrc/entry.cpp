@@ -2,7 +2,7 @@
 #include "backward.hpp"
 #include "cpu_level.hpp"
 #include "parallel.hpp"
-#include "select.hpp"
+#include "run.hpp"
 
 using namespace native;
 
@@ -68,7 +68,7 @@ int32_t infllm2_parallel(ParallelFor pool, Operation operation, const void *args
 
 // Sizes do not depend on the level.
 int64_t infllm2_select_work(const infllm2_shape *s, const infllm2_selection *c) {
-    return round_up(select_work(s, c) + lists_work(s, c) + 128, 64);
+    return select_run_work(s, c);
 }
 int64_t infllm2_attend_work(const infllm2_shape *s, int64_t block_size) { return round_up(attend_work(s, block_size), 64); }
 int64_t infllm2_backward_work(const infllm2_shape *s, int64_t block_size) { return round_up(backward_work(s, block_size), 64); }

@@ -3,9 +3,9 @@
 SmolLM2-135M-Instruct, two runs on the same sequences: `sparse` trains with InfLLM v2's attention,
 `dense` with dense attention. Both are then measured under both attentions. What `dense` gains under
 sparse attention is the effect of the data; what `sparse` gains beyond it is the effect of training
-sparse. Sequences alternate: long encyclopaedia articles (every token is learnt), and RULER needles
-with all four keys asked for (only the answers are learnt). Needles and articles of the measurement
-are others; the essays around the needles are the same few, here as in all of RULER.
+sparse. One sequence in four is a long encyclopaedia article (every token is learnt), the others are
+RULER needles with all four keys asked for (only the answers are learnt). Needles and articles of
+the measurement are others; the essays around the needles are the same few, here as in all of RULER.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ app = typer.Typer(add_completion=False)
 class Settings:
     """Sizes of the run; a result file holds those that it was made with."""
 
-    models: tuple[str, ...] = ("untrained", "dense", "sparse")
-    steps: int = 32
+    models: tuple[str, ...] = ("untrained", "sparse", "dense")
+    steps: int = 96
     length: int = 2048
-    lr: float = 1e-4
-    warmup: int = 4
+    lr: float = 2e-4
+    warmup: int = 8
     clip: float = 1.0
     articles: int = 6  # pieces of held-out articles
     texts: tuple[tuple[int, int], ...] = ((2048, 3), (4096, 2))  # held-out needles: length, number
@@ -87,15 +87,17 @@ def sequences(settings: Settings, tokenizer: Any) -> list[tuple[Tensor, Tensor]]
     """Ids and targets of each step: the same for both runs."""
     import testbed
 
-    half = -(-settings.steps // 2)
-    samples = testbed.ruler(TASK, settings.length, half, settings.seed, tokenizer)
+    samples = iter(testbed.ruler(TASK, settings.length, settings.steps, settings.seed, tokenizer))
     articles = long_texts("wikipedia", "train", settings.length, tokenizer)
     order = torch.randperm(len(articles), generator=torch.Generator().manual_seed(settings.seed))
     found: list[tuple[Tensor, Tensor]] = []
-    for at in range(half):
-        ids = articles[int(order[at % len(order)])]
-        found += [(ids, ids), conversation(samples[at], tokenizer)]
-    return found[: settings.steps]
+    for step in range(settings.steps):
+        if step % 4:
+            found.append(conversation(next(samples), tokenizer))
+        else:
+            ids = articles[int(order[step // 4 % len(order)])]
+            found.append((ids, ids))
+    return found
 
 
 def rate(step: int, settings: Settings) -> float:

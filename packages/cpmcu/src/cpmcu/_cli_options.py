@@ -21,7 +21,17 @@ DType = Annotated[
 ]
 Quant = Annotated[
     str,
-    typer.Option(help="Weights in memory: float32, bfloat16, int8, int4 (auto: as --dtype)."),
+    typer.Option(
+        help="Weights in memory: float32, bfloat16, int8, int4, ternary (auto: as the file has "
+        "them, or as --dtype)."
+    ),
+]
+Sparse = Annotated[
+    str,
+    typer.Option(
+        help="InfLLM v2 attention: on, off, or auto: as the model's config.json says. It begins "
+        "where a budget of 96 blocks of 64 keys, or the model's own, is exceeded."
+    ),
 ]
 Backend = Annotated[
     str, typer.Option(help="cpu (C++), reference (PyTorch), or auto: the first that can run.")
@@ -105,6 +115,7 @@ def load(
     model: str,
     dtype: str,
     quant: str,
+    sparse: str,
     backend: str,
     threads: int | None,
     max_context: int | None,
@@ -118,6 +129,7 @@ def load(
             model,
             dtype=dtype,
             quant=quant,
+            sparse=sparse,
             backend=backend,
             threads=threads,
             max_context=max_context,

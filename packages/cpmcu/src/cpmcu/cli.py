@@ -22,6 +22,7 @@ from cpmcu._cli_options import (
     Quant,
     RepeatableStop,
     Seed,
+    Sparse,
     Temperature,
     Threads,
     TopK,
@@ -71,6 +72,7 @@ def generate(
     stop: RepeatableStop = None,
     dtype: DType = "auto",
     quant: Quant = "auto",
+    sparse: Sparse = "auto",
     backend: Backend = "auto",
     threads: Threads = None,
     max_context: ContextLimit = None,
@@ -84,7 +86,7 @@ def generate(
     from cpmcu.results import Stream
 
     source = read_prompt(prompt, prompt_file, messages)
-    engine = load(model, dtype, quant, backend, threads, max_context, memory_limit)
+    engine = load(model, dtype, quant, sparse, backend, threads, max_context, memory_limit)
     stream = engine.generate(
         **source,
         max_new_tokens=max_new_tokens,
@@ -123,6 +125,7 @@ def chat(
     seed: Seed = None,
     dtype: DType = "auto",
     quant: Quant = "auto",
+    sparse: Sparse = "auto",
     backend: Backend = "auto",
     threads: Threads = None,
     max_context: ContextLimit = None,
@@ -137,7 +140,7 @@ def chat(
     """
     from cpmcu import chat as conversation
 
-    engine = load(model, dtype, quant, backend, threads, max_context, memory_limit)
+    engine = load(model, dtype, quant, sparse, backend, threads, max_context, memory_limit)
     conversation.run(
         engine,
         system=system,
@@ -160,6 +163,7 @@ def plan(
     ] = None,
     dtype: DType = "auto",
     quant: Quant = "auto",
+    sparse: Sparse = "auto",
     memory_limit: Limit = None,
     bandwidth: Annotated[
         str | None,
@@ -177,6 +181,7 @@ def plan(
         model,
         dtype=dtype,
         quant=quant,
+        sparse=sparse,
         context=context,
         memory_limit=memory_limit_bytes(memory_limit),
         bandwidth=None if bandwidth is None else parse_bytes(bandwidth, "--bandwidth"),
@@ -222,6 +227,7 @@ def bench(
     ] = 3,
     dtype: DType = "auto",
     quant: Quant = "auto",
+    sparse: Sparse = "auto",
     backend: Backend = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -236,7 +242,7 @@ def bench(
     except ValueError:
         message = f"--prompt-tokens must be integers and commas, got '{prompt_tokens}'"
         raise ValueError(message) from None
-    engine = load(model, dtype, quant, backend, threads, None, None)
+    engine = load(model, dtype, quant, sparse, backend, threads, None, None)
     with working("timing") as progress:
         rows = timing.run(
             engine, lengths, new_tokens=new_tokens, repeats=repeats, progress=progress

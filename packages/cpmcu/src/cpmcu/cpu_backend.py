@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from cpmcu import cpu_library as c
+from cpmcu import cpu_ternary
 from cpmcu.cache import KVCache
+from cpmcu.cpu_ternary import TernaryWeights
 from cpmcu.cpu_weights import PackedLayer, PackedMatrix, PackedWeights
 from cpmcu.rope import RopeTable
+from cpmcu.sparse import COARSE_FACTOR
 from cpmcu.spec import ModelSpec
 
 _BLOCK = 12  # tokens of a block of packed rows
@@ -47,31 +50,39 @@ class Decoder:
         dtype: of keys and values.
         pool: threads, this decoder's own.
         chunk: tokens of a call, at most.
+        max_context: tokens of a cache, at most.
     """
 
     def __init__(
-        self, spec: ModelSpec, weights: PackedWeights, dtype: torch.dtype, pool: c.Pool, chunk: int
-    ) -> None:
+        self, spec: ModelSpec, weights: PackedWeights, dtype: torch.dtype, pool: c.Pool,
+        chunk: int, max_context: int,
+    ) -> None:  # fmt: skip
         self._library, self.spec, self.weights = c.loaded(), spec, weights
-        self.dtype, self.pool, self.chunk = dtype, pool, chunk
+        self.dtype, self.pool, self.chunk, self._max_context = dtype, pool, chunk, max_context
         self._rope = RopeTable(spec.rope, spec.head_dim, torch.float32)
         self._kept: list[Any] = []  # tensors that arguments point into
         self._step = c.Step()
         self._at = ctypes.addressof(self._step)
-        self._packs: dict[tuple[int, int], Any] = {}
+        self._packs: dict[tuple[int, int, int], Any] = {}
+        self._rows: dict[int, Tensor] = {}
         self._x = self._floats(spec.hidden)
         self._qkv = self._floats(spec.qkv_rows)
-        self._gate_up = self._floats(2 * spec.ffn)
+        self._gate_up = self._floats(max(2 * spec.ffn, spec.hidden))
         self._q, self._out = (
             self._room(chunk, spec.heads * spec.head_dim, dtype) for _ in range(2)
         )
         matrices = [m for x in weights.layers for m in (x.qkv, x.output, x.gate_up, x.down)]
-        self._work_size = max(
-            self._library.size("multiply_work", m.struct) for m in (*matrices, weights.head)
-        )
+        own = [m for m in (*matrices, weights.head) if isinstance(m, PackedMatrix)]
+        self._work_size = max(self._library.size("multiply_work", m.struct) for m in own)
         self._work = self._room(pool.threads, self._work_size, torch.uint8)
+        # Ternary products: bitcpm's records, which want to be told the number of tokens.
+        self._ternary: list[Any] = []
+        self._ternary_tokens = 0
+        foreign = [m for m in matrices if not isinstance(m, PackedMatrix)]
+        sizes = [cpu_ternary.scratch_bytes(m, chunk, pool.threads) for m in foreign]
+        self._scratch = self._room(1, max(sizes, default=0), torch.uint8)
         self._attention = self._shared_attention()
-        self._caches: list[tuple[Any, Any]] = []
+        self._caches: list[tuple[Any, Any, Any]] = []
         steps = [
             ("embed", c.EmbedArgs(self._at, weights.embedding.struct, self._x.data_ptr(),
                                   spec.embed_scale, 0)),
@@ -79,39 +90,46 @@ class Decoder:
         for layer in weights.layers:
             steps += self._layer(layer)
         steps += self._norm(weights.norm, weights.head, scale=spec.logit_scale, last=True)
-        self._head = self._multiply(weights.head, None, last=True)
+        self._head = self._arguments(weights.head, None, last=True)
         steps.append(("multiply", self._head))
         self._records = c.Records(steps)
         self._bound: tuple[int, ...] = ()
 
-    def _layer(self, layer: PackedLayer) -> list[tuple[str, Any]]:
+    def _layer(self, layer: PackedLayer) -> list[tuple[str | int, Any]]:
         spec = self.spec
         rotate = c.RotateArgs(
             self._at, self._qkv.data_ptr(), c.address(layer.q_norm), c.address(layer.k_norm),
             self._q.data_ptr(), None, None, spec.heads, spec.kv_heads, spec.head_dim, 0,
             spec.rms_eps, c.DTYPES[self.dtype],
         )  # fmt: skip
-        attend = c.AttendArgs(self._at, self._attention)
-        self._caches.append((rotate, attend))
+        attend, compress = c.AttendArgs(self._at, *self._attention), self._compression()
+        self._caches.append((rotate, attend, compress))
+        sparse = [("compress", compress), ("select", attend)] if spec.sparse else []
         attended, hidden = self._packed(layer.output), self._packed(layer.down)
         return [
             *self._norm(layer.attention_norm, layer.qkv),
-            ("multiply", self._multiply(layer.qkv, self._qkv, bias=layer.qkv_bias)),
+            *self._multiply(layer.qkv, self._qkv, bias=layer.qkv_bias),
             ("rotate", rotate),
+            *sparse,
             ("attend", attend),
             ("merge", attend),
             ("pack", c.PackArgs(self._at, self._out.data_ptr(), attended, spec.heads,
                                 spec.head_dim, c.DTYPES[self.dtype], 0)),
-            ("multiply", self._multiply(layer.output, self._x, add=spec.residual_scale)),
+            *self._multiply(layer.output, self._x, add=spec.residual_scale),
             *self._norm(layer.ffn_norm, layer.gate_up),
-            ("multiply", self._multiply(layer.gate_up, self._gate_up)),
+            *self._multiply(layer.gate_up, self._gate_up),
             ("swiglu", c.SwigluArgs(self._at, self._gate_up.data_ptr(), hidden)),
-            ("multiply", self._multiply(layer.down, self._x, add=spec.residual_scale)),
+            *self._multiply(layer.down, self._x, add=spec.residual_scale),
         ]  # fmt: skip
 
     def _norm(
-        self, weight: Tensor, reader: PackedMatrix, *, scale: float = 1.0, last: bool = False
-    ) -> list[tuple[str, Any]]:
+        self,
+        weight: Tensor,
+        reader: PackedMatrix | TernaryWeights,
+        *,
+        scale: float = 1.0,
+        last: bool = False,
+    ) -> list[tuple[str | int, Any]]:
         args = c.NormArgs(
             self._at, self._x.data_ptr(), weight.data_ptr(), self._packed(reader),
             self.spec.rms_eps, scale, last, 0,
@@ -119,6 +137,25 @@ class Decoder:
         return [("norm", args)]
 
     def _multiply(
+        self, matrix: PackedMatrix | TernaryWeights, out: Tensor, *, bias: Tensor | None = None,
+        add: float | None = None,
+    ) -> list[tuple[str | int, Any]]:  # fmt: skip
+        """out = the product with what is packed for the matrix, + bias; or out += add * it."""
+        if isinstance(matrix, PackedMatrix):
+            return [("multiply", self._arguments(matrix, out, bias=bias, add=add))]
+        rows, cols = matrix.matrix.shape
+        self._packed(matrix)
+        x = self._rows[cols].view(self.chunk, cols)
+        # What is added passes through memory that no one needs at that moment.
+        result = (out if add is None else self._gate_up[: self.chunk * rows]).view(-1, rows)
+        product = cpu_ternary.product(matrix, x, result, self._scratch, self.pool.threads, bias)
+        self._ternary.append(product)
+        if add is None:
+            return product.steps
+        adding = c.AddArgs(self._at, result.data_ptr(), out.data_ptr(), rows, add, 0)
+        return [*product.steps, ("add", adding)]
+
+    def _arguments(
         self, matrix: PackedMatrix, out: Tensor | None, *, bias: Tensor | None = None,
         add: float | None = None, last: bool = False,
     ) -> Any:  # fmt: skip
@@ -128,13 +165,17 @@ class Decoder:
             last, 0,
         )  # fmt: skip
 
-    def _packed(self, reader: PackedMatrix) -> Any:
-        """Rows as `reader` wants them. One buffer for each width: at most one of a width is in use
-        at any time.
+    def _packed(self, reader: PackedMatrix | TernaryWeights) -> Any:
+        """Rows as `reader` wants them. One buffer for each width and kind, for at most one is in
+        use at any time.
         """
         m = reader.struct
-        key = m.cols, m.kind
+        key = m.cols, m.kind, m.group
         if key not in self._packs:
+            if m.kind == c.ROWS:
+                rows = self._rows[m.cols] = self._room(self.chunk, m.cols, torch.float32)
+                self._packs[key] = c.Packed(rows.data_ptr(), None, None, m.cols, m.kind, 0)
+                return self._packs[key]
             tokens, integers = -(-self.chunk // _BLOCK) * _BLOCK, m.kind in (c.INT8, c.INT4)
             groups = m.cols // m.group if integers else 0
             size = {c.FLOAT32: 4, c.BFLOAT16: 2}.get(m.kind, 1)
@@ -146,17 +187,45 @@ class Decoder:
             )  # fmt: skip
         return self._packs[key]
 
-    def _shared_attention(self) -> Any:
-        spec = self.spec
-        D, K = spec.head_dim, spec.kv_heads
-        shape = c.Shape(1, K, spec.heads // K, 1, spec.max_context, D, c.DTYPES[self.dtype], 0)
-        size = self._library.size("attend_work", shape)
-        work = self._room(self.pool.threads, size, torch.uint8)
-        partial = self._room(1, self._library.size("partial_floats", shape), torch.float32)
-        return c.NativeAttend(
-            shape, c.TensorView(self._q.data_ptr()), c.TensorView(None, 0, 0, D),
-            c.TensorView(None, 0, 0, D), None, 0, self._out.data_ptr(), None, work.data_ptr(), size,
-            partial.data_ptr(), 1, 1, 64, D**-0.5,
+    def _shared_attention(self) -> tuple[Any, Any, int]:
+        """What all layers' attention has in common: dense or over blocks, selection, from where."""
+        spec, sparse = self.spec, self.spec.sparse
+        D, K, threads = spec.head_dim, spec.kv_heads, self.pool.threads
+        shape = c.Shape(1, K, spec.heads // K, self.chunk, self._max_context, D,
+                        c.DTYPES[self.dtype], 0)  # fmt: skip
+        view = c.TensorView(None, 0, 0, D)
+        attend = c.NativeAttend(
+            shape, c.TensorView(self._q.data_ptr()), view, view, None,
+            sparse.budget if sparse else 0, self._out.data_ptr(), None, None, 0, None, 1, 1,
+            sparse.block_size if sparse else 64, D**-0.5,
+        )  # fmt: skip
+        attend.work_stride = size = self._library.size("attend_work", attend)
+        attend.work = self._room(threads, size, torch.uint8).data_ptr()
+        floats = self._library.size("partial_floats", shape)
+        attend.partial = self._room(1, floats, torch.float32).data_ptr()
+        if sparse is None:
+            return attend, c.NativeSelect(), 1 << 62
+        selection = c.Selection(
+            sparse.kernel_size, sparse.kernel_stride, COARSE_FACTOR, sparse.block_size,
+            sparse.init_blocks, sparse.window_blocks, sparse.budget, 0, D**-0.5, 0,
+        )  # fmt: skip
+        blocks = self._room(K, sparse.budget, torch.int32)
+        select = c.NativeSelect(shape, selection, view, view, view, blocks.data_ptr(), None, 0)
+        select.work_stride = size = self._library.size("select_work", select)
+        select.work = self._room(threads, size, torch.uint8).data_ptr()
+        return attend, select, sparse.least_keys
+
+    def _compression(self) -> Any:
+        spec, sparse = self.spec, self.spec.sparse
+        if sparse is None:
+            return None
+        view = c.TensorView(None, 0, 0, spec.head_dim)
+        return c.CompressArgs(
+            self._at,
+            c.NativeCompress(
+                view, view, view, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 0, sparse.kernel_size,
+                sparse.kernel_stride, COARSE_FACTOR, c.DTYPES[self.dtype],
+            ),
         )  # fmt: skip
 
     def _floats(self, width: int) -> Tensor:
@@ -172,14 +241,21 @@ class Decoder:
 
     def _bind(self, cache: KVCache) -> None:
         """Point the layers at the cache's memory, if it has moved."""
-        at = tuple(arena.data_ptr() for arena in cache.layers)
+        at = tuple(x.data_ptr() for x in (*cache.layers, *cache.fine, *cache.coarse))
         if at == self._bound:
             return
-        for arena, (rotate, attend) in zip(cache.layers, self._caches, strict=True):
-            room = arena.shape[2]
-            rotate.k, rotate.v, rotate.room = arena[0].data_ptr(), arena[1].data_ptr(), room
-            for view, part in ((attend.attend.k, arena[0]), (attend.attend.v, arena[1])):
-                view.data, view.head = part.data_ptr(), room * self.spec.head_dim
+
+        def bind(view: Any, rows: Tensor) -> None:
+            view.data, view.head = rows.data_ptr(), rows.shape[1] * rows.shape[2]
+
+        for i, (rotate, attend, compress) in enumerate(self._caches):
+            k, v = cache.layers[i]
+            rotate.k, rotate.v, rotate.room = k.data_ptr(), v.data_ptr(), k.shape[1]
+            bind(attend.attend.k, k), bind(attend.attend.v, v)
+            if compress is not None:
+                bind(compress.compress.keys, k)
+                for user in (attend.select, compress.compress):
+                    bind(user.fine, cache.fine[i]), bind(user.coarse, cache.coarse[i])
         self._bound = at
 
     @torch.inference_mode()
@@ -200,6 +276,10 @@ class Decoder:
         step.tokens, step.start, step.every = len(tokens), start, every
         step.ids, step.cos, step.sin = tokens.data_ptr(), cos.data_ptr(), sin.data_ptr()
         self._head.out = logits.data_ptr()
+        if len(tokens) != self._ternary_tokens:
+            for product in self._ternary:
+                product.set_tokens(len(tokens))
+            self._ternary_tokens = len(tokens)
         self.pool.run(self._records)
         cache.length = end
         return logits if every else logits[0]

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from cpmcu import _native
 
-FLOAT32, BFLOAT16, INT8, INT4 = range(4)  # kinds of weights
+FLOAT32, BFLOAT16, INT8, INT4, ROWS = range(5)  # kinds of weights
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 OPERATIONS = (
-    "embed", "norm", "pack", "swiglu", "multiply", "rotate", "attend", "merge", "lay_out",
+    "embed", "norm", "pack", "swiglu", "multiply", "add", "rotate", "compress", "select",
+    "attend", "merge", "lay_out",
 )  # fmt: skip
+SIZES = ("matrix_bytes", "multiply_work", "attend_work", "select_work", "partial_floats")
 
 
 def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
@@ -44,6 +46,23 @@ NativeAttend = _structure(
     [("work_stride", c_int64), ("partial", c_void_p)],
     _fields(c_int64, "splits tile"),
     [("block_size", c_int32), ("scale", c_float)],
+)
+Selection = _structure(
+    "Selection",
+    _fields(c_int32, "kernel_size kernel_stride coarse_factor block_size"),
+    _fields(c_int32, "init_blocks window_blocks budget exact"),
+    [("scale", c_float), ("unused", c_int32)],
+)
+NativeSelect = _structure(
+    "NativeSelect",
+    [("shape", Shape), ("selection", Selection), *_fields(TensorView, "q fine coarse")],
+    [*_fields(c_void_p, "blocks work"), ("work_stride", c_int64)],
+)
+NativeCompress = _structure(
+    "NativeCompress",
+    _fields(TensorView, "keys fine coarse"),
+    _fields(c_int64, "batch kv_heads dim fine_begin fine_end coarse_begin coarse_end"),
+    _fields(c_int32, "kernel_size kernel_stride coarse_factor dtype"),
 )
 Step = _structure(
     "Step",
@@ -85,13 +104,22 @@ MultiplyArgs = _structure(
     _fields(c_void_p, "out bias work"),
     [("work_stride", c_int64), ("alpha", c_float), *_fields(c_int32, "add last unused")],
 )
+AddArgs = _structure(
+    "AddArgs",
+    [*_fields(c_void_p, "step y x"), ("width", c_int64), ("alpha", c_float), ("unused", c_int32)],
+)
 RotateArgs = _structure(
     "RotateArgs",
     _fields(c_void_p, "step qkv q_norm k_norm q k v"),
     _fields(c_int64, "heads kv_heads dim room"),
     [("eps", c_float), ("dtype", c_int32)],
 )
-AttendArgs = _structure("AttendArgs", [("step", c_void_p), ("attend", NativeAttend)])
+AttendArgs = _structure(
+    "AttendArgs",
+    [("step", c_void_p), ("attend", NativeAttend), ("select", NativeSelect)],
+    [("sparse_from", c_int64)],
+)
+CompressArgs = _structure("CompressArgs", [("step", c_void_p), ("compress", NativeCompress)])
 LayOutArgs = _structure(
     "LayOutArgs",
     [("source", c_void_p), ("row", c_int64), ("to", Matrix), *_fields(c_int32, "dtype unused")],
@@ -113,7 +141,7 @@ class Kernels:
             name: ctypes.cast(getattr(library, f"cpmcu_{name}"), c_void_p).value
             for name in OPERATIONS
         }
-        for name in ("matrix_bytes", "multiply_work", "attend_work", "partial_floats"):
+        for name in SIZES:
             getattr(library, f"cpmcu_{name}").restype = c_int64
         library.cpmcu_level_name.restype = c_char_p
         self.level = library.cpmcu_level_name(library.cpmcu_level()).decode()
@@ -123,8 +151,8 @@ class Kernels:
         library.cpmcu_run.argtypes = [c_void_p, c_void_p, c_int32]
 
     def size(self, name: str, struct: Structure) -> int:
-        """A size that the library computes: "matrix_bytes", "multiply_work", "attend_work" (bytes,
-        a thread) or "partial_floats", from the structure it wants.
+        """A size that the library computes, one of `SIZES`, from the structure it wants; "work" is
+        bytes a thread.
         """
         return getattr(self._library, f"cpmcu_{name}")(ctypes.byref(struct))
 
@@ -170,13 +198,15 @@ class Pool:
 
 
 class Records:
-    """A list of (operation, arguments) for `Pool.run`; keeps the arguments alive."""
+    """A list of (operation, arguments) for `Pool.run`; keeps the arguments alive. An operation is
+    one of `OPERATIONS`, or the address of another library's.
+    """
 
-    def __init__(self, steps: Sequence[tuple[str, Structure]]) -> None:
-        library = loaded()
+    def __init__(self, steps: Sequence[tuple[str | int, Structure]]) -> None:
+        operations = loaded().operations
         self.steps = list(steps)
         self._array = (Record * len(steps))(
-            *(Record(library.operations[name], ctypes.addressof(args)) for name, args in steps)
+            *(Record(operations.get(what, what), ctypes.addressof(args)) for what, args in steps)
         )
         self.address, self.count = ctypes.addressof(self._array), len(steps)
 

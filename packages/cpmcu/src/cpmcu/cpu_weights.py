@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from cpmcu import cpu_library as c
+from cpmcu import cpu_ternary
 from cpmcu.codes import Codes
+from cpmcu.cpu_ternary import TernaryWeights
 from cpmcu.rounding import GROUP
 from cpmcu.spec import ModelSpec
 from cpmcu.weights import Weights
@@ -94,11 +96,11 @@ class PackedLayer:
     """One layer; norms, biases in float32."""
 
     attention_norm: Tensor
-    qkv: PackedMatrix
-    output: PackedMatrix
+    qkv: PackedMatrix | TernaryWeights
+    output: PackedMatrix | TernaryWeights
     ffn_norm: Tensor
-    gate_up: PackedMatrix
-    down: PackedMatrix
+    gate_up: PackedMatrix | TernaryWeights
+    down: PackedMatrix | TernaryWeights
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -124,12 +126,25 @@ class PackedWeights:
 
 
 def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> PackedWeights:
-    """All weights in one kind; with "int4" the embedding and the head have 8 bits.
+    """All weights in one kind; with "int4" and "ternary" embedding and head have 8 bits, and
+    so have a layer's matrices that are not ternary.
 
     The matrices of `weights` are let go layer by layer, so that both are never held whole.
+
+    Raises:
+        ValueError: columns that the kind cannot have, or "ternary" where nothing is.
     """
-    kind = KINDS[quant]
-    outer = c.INT8 if kind == c.INT4 else kind
+    outer = c.INT8 if quant in ("int4", "ternary") else KINDS[quant]
+
+    ternary = 0
+
+    def inner(x: Tensor) -> PackedMatrix | TernaryWeights:
+        nonlocal ternary
+        if quant != "ternary":
+            return pack(x, KINDS[quant], pool)
+        found = cpu_ternary.pack(x)
+        ternary += found is not None
+        return found or pack(x, c.INT8, pool)
 
     def floats(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.float().contiguous()
@@ -146,14 +161,19 @@ def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> P
         layers.append(
             PackedLayer(
                 attention_norm=floats(x.attention_norm),
-                qkv=pack(x.qkv, kind, pool),
-                output=pack(x.output, kind, pool),
+                qkv=inner(x.qkv),
+                output=inner(x.output),
                 ffn_norm=floats(x.ffn_norm),
-                gate_up=pack(x.gate_up, kind, pool),
-                down=pack(x.down, kind, pool),
+                gate_up=inner(x.gate_up),
+                down=inner(x.down),
                 qkv_bias=floats(x.qkv_bias),
                 q_norm=floats(x.q_norm),
                 k_norm=floats(x.k_norm),
             )
+        )
+    if quant == "ternary" and not ternary:
+        raise ValueError(
+            "quant='ternary' needs weights that are ternary, and no matrix is: quantise the model "
+            "with bitcpm first, or take another quant"
         )
     return PackedWeights(embedding, layers, norm, head)

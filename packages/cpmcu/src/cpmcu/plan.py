@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from cpmcu.cache import bytes_per_token
+from cpmcu import sparse as sparse_attention
+from cpmcu.cache import bytes_read, cache_bytes
 from cpmcu.loader import Source
+from cpmcu.sparse import SparseAttention
 from cpmcu.spec import ModelSpec
 
 CHUNK = 512  # tokens per prefill chunk
@@ -21,8 +24,9 @@ class Plan:
     """All sizes in bytes, lengths in tokens, bandwidth in bytes per second.
 
     `decode_bound` is the tokens per second that memory bandwidth allows at `context` tokens:
-    every weight but the embedding table's unread rows, and every key and value, is read once
-    per token. Real decoding is slower.
+    every weight but the embedding table's unread rows is read once per token, and so is every
+    key and value that attention visits. Real decoding is slower. `kv_bytes` has the compressed
+    keys of sparse attention in it, `kv_bytes_per_token` has not.
     """
 
     model: str
@@ -71,8 +75,8 @@ def native_bf16() -> bool:
     return any(check() for check in supports if check is not None)
 
 
-# Bits of a weight, the scale of its group included.
-_BITS = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5}
+# Bits of a weight, the scale of its group included: of 32, or of 128 where ternary.
+_BITS = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5, "ternary": 1.75}
 
 
 def resolve_quant(quant: str, dtype: torch.dtype, stored: str | None = None) -> str:
@@ -87,14 +91,14 @@ def resolve_quant(quant: str, dtype: torch.dtype, stored: str | None = None) -> 
 
 
 def weight_bytes(spec: ModelSpec, quant: str) -> int:
-    """Bytes of all weights; with int4 the embedding and the head have 8 bits."""
+    """Bytes of all weights; with int4 and ternary the embedding and the head have 8 bits."""
     outer = (1 if spec.tie else 2) * spec.vocab * spec.hidden
     inner = spec.parameters - outer
     return round((inner * _BITS[quant] + outer * _BITS[_outer(quant)]) / 8)
 
 
 def _outer(quant: str) -> str:
-    return "int8" if quant == "int4" else quant
+    return "int8" if quant in ("int4", "ternary") else quant
 
 
 def activation_bytes(spec: ModelSpec, dtype: torch.dtype, context: int) -> int:
@@ -114,9 +118,8 @@ def activation_bytes(spec: ModelSpec, dtype: torch.dtype, context: int) -> int:
 
 def total_bytes(spec: ModelSpec, dtype: torch.dtype, context: int, quant: str = "auto") -> int:
     """Weights, keys and values, and activations at `context` tokens."""
-    cache = context * bytes_per_token(spec, dtype)
     weights = weight_bytes(spec, resolve_quant(quant, dtype))
-    return weights + cache + activation_bytes(spec, dtype, context)
+    return weights + cache_bytes(spec, dtype, context) + activation_bytes(spec, dtype, context)
 
 
 def largest_context(spec: ModelSpec, dtype: torch.dtype, limit: int, quant: str = "auto") -> int:
@@ -177,6 +180,7 @@ def make(
     *,
     dtype: str | torch.dtype = "auto",
     quant: str = "auto",
+    sparse: str | SparseAttention = "auto",
     context: int | None = None,
     memory_limit: int | None = None,
     bandwidth: float | None = None,
@@ -186,7 +190,7 @@ def make(
     Args:
         path: model folder or .gguf file; only headers are read.
         dtype: "auto", "float32" or "bfloat16".
-        quant: weights in memory, as in `Engine.from_pretrained`.
+        quant: weights in memory, as in `Engine.from_pretrained`; so is `sparse`.
         context: tokens to plan for; None takes the model's limit.
         memory_limit: bytes; None takes what is now available.
         bandwidth: bytes per second; None measures it for half a second.
@@ -196,7 +200,9 @@ def make(
     """
     source = Source(path)
     spec, compute = source.spec, resolve_dtype(dtype)
-    quant = resolve_quant(quant, compute, source.quant)
+    spec = dataclasses.replace(spec, sparse=sparse_attention.resolve(sparse, spec.sparse))
+    stored = "ternary" if source.kind == "ternary" else source.quant
+    quant = resolve_quant(quant, compute, stored)
     context = spec.max_context if context is None else context
     if not 1 <= context <= spec.max_context:
         raise ValueError(
@@ -207,7 +213,7 @@ def make(
             raise ValueError(f"{name} must be positive, got {value}")
     limit = available_memory() if memory_limit is None else memory_limit
     speed = measure_bandwidth() if bandwidth is None else bandwidth
-    per_token, weights = bytes_per_token(spec, compute), weight_bytes(spec, quant)
+    kv, weights = cache_bytes(spec, compute, context), weight_bytes(spec, quant)
     # An untied model reads one row of its embedding table, not the table.
     table = spec.vocab * spec.hidden * _BITS[_outer(quant)] / 8
     read = weights - (0 if spec.tie else table)
@@ -222,12 +228,12 @@ def make(
         context=context,
         model_context=spec.max_context,
         weight_bytes=weights,
-        kv_bytes=context * per_token,
-        kv_bytes_per_token=per_token,
+        kv_bytes=kv,
+        kv_bytes_per_token=cache_bytes(dataclasses.replace(spec, sparse=None), compute, 1),
         activation_bytes=activation_bytes(spec, compute, context),
         total_bytes=total_bytes(spec, compute, context, quant),
         memory_limit=limit,
         largest_context=largest_context(spec, compute, limit, quant),
         bandwidth=speed,
-        decode_bound=speed / (read + context * per_token),
+        decode_bound=speed / (read + bytes_read(spec, compute, context)),
     )

@@ -7,12 +7,16 @@ them, H query heads, K key-value heads, D head dimension. One sequence, so no ba
 
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import asdict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cpmcu.cache import KVCache
 from cpmcu.rope import RopeTable
+from cpmcu.sparse import SparseAttention
 from cpmcu.spec import ModelSpec
 from cpmcu.weights import Layer, Weights
 
@@ -21,6 +25,8 @@ def is_supported(spec: ModelSpec, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether this backend can run `spec` in `dtype`, and why not."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False, f"needs float32 or bfloat16, got {dtype}"
+    if spec.sparse is not None and importlib.util.find_spec("infllm2") is None:
+        return False, "sparse attention in PyTorch needs infllm2: pip install minicpm4-infllm2"
     return True, ""
 
 
@@ -100,6 +106,9 @@ class Decoder:
         arena[1, :, start:end] = qkv[:, H + K :].transpose(0, 1)
         first = max(0, end - spec.window) if spec.window and t == 1 else 0
         k_KSD, v_KSD = arena[0, :, first:end], arena[1, :, first:end]
+        if spec.sparse is not None and start + 1 >= spec.sparse.least_keys:
+            out = _sparse_attention(qk_TND[None, :, :H].transpose(1, 2), k_KSD, v_KSD, spec.sparse)
+            return out[0].transpose(0, 1).reshape(t, H * D)
         if t == 1:
             # The heads of a group share their keys: as rows of one query they read them once.
             q_KGD = qk_TND[0, :H].view(K, H // K, D)
@@ -123,3 +132,11 @@ class Decoder:
             return None
         mask = torch.ones(end - start, end, dtype=torch.bool).tril(start)
         return mask if window is None else mask.triu(start - window + 1)
+
+
+def _sparse_attention(q: Tensor, k_KSD: Tensor, v_KSD: Tensor, sizes: SparseAttention) -> Tensor:
+    """InfLLM v2 in PyTorch, by the tool that defines it; q and the result [1, H, T, D]."""
+    from infllm2 import InfLLMv2Config, infllmv2_attention
+
+    config = InfLLMv2Config(**{**asdict(sizes), "dense_len": -1})
+    return infllmv2_attention(q, k_KSD[None], v_KSD[None], config, backend="reference")

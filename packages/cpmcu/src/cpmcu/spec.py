@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cpmcu import sparse
 from cpmcu._fields import Fields, read_json
 from cpmcu.rope import KINDS, Rope
+from cpmcu.sparse import SparseAttention
 
 # model_type -> (queries and keys are normalised, q/k/v have biases, embeddings tied by default)
 ARCHITECTURES = {
@@ -30,7 +32,8 @@ class ModelSpec:
     `embed_scale`, `residual_scale` and `logit_scale` are the µP multipliers of MiniCPM
     (arXiv:2404.06395, section 3): of the embeddings, of every sub-layer's output before it joins
     the residual stream, and of the final hidden state before the head. `window` is the number
-    of latest positions a token may attend to, its own included (None: all). `eos` may be empty.
+    of latest positions a token may attend to, its own included (None: all). `sparse` is None where
+    attention is dense. `eos` may be empty.
     """
 
     architecture: str
@@ -51,6 +54,7 @@ class ModelSpec:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     window: int | None = None
+    sparse: SparseAttention | None = None
     bos: int | None = None
     eos: tuple[int, ...] = ()
     source: str = field(default="", compare=False)
@@ -170,6 +174,7 @@ def from_config(config: Fields, *, extra_eos: tuple[int, ...] = ()) -> ModelSpec
         qkv_bias=qkv_bias,
         tie=config.boolean("tie_word_embeddings", tie),
         window=config.integer("sliding_window", None) if architecture == "mistral" else None,
+        sparse=sparse.from_config(config),
         bos=next(iter(config.ids("bos_token_id")), None),
         eos=tuple(dict.fromkeys((*config.ids("eos_token_id"), *extra_eos))),
         source=config.source,

@@ -1,6 +1,7 @@
 """Stage `generate`: SmolLM2 and the pipeline's own models write; how fast, in how much memory.
 
-The tool is `cpmcu`. Texts are greedy and so repeatable; speeds are measured after a warm-up.
+SmolLM2 by kind of weights, and on a long prompt with dense and with sparse attention. The tool is
+`cpmcu`. Texts are greedy and so repeatable; speeds are measured after a warm-up.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from pydantic import Field
 from minicpm4.pipeline.memory import peak_bytes, reset_peak
 from minicpm4.pipeline.models import model_identity, model_path
 from minicpm4.pipeline.stage import Estimate, Stage, StageConfig, Workspace, needs
+
+# Attention of the timed long prompt: a budget well below its length, so that there is a choice.
+_SPARSE = {"window_size": 512, "topk": 16, "dense_len": 2048}
 
 
 class GenerateConfig(StageConfig):
@@ -34,40 +38,78 @@ class GenerateConfig(StageConfig):
         description="what the pipeline's own models continue",
     )
     max_new_tokens: int = Field(default=64, ge=2)
+    weights: list[str] = Field(
+        default=["auto", "int8", "int4"],
+        min_length=1,
+        description="kinds of weights the chat model is run with, as `cpmcu generate --quant`",
+    )
     prefill_tokens: int = Field(default=512, ge=1, description="length of the timed prompt")
+    long_tokens: int = Field(
+        default=6000,
+        ge=0,
+        description="length of the prompt on which dense and sparse attention are timed; 0: none",
+    )
     repeats: int = Field(default=3, ge=1, description="timed runs; the median is reported")
 
 
 def run(config: GenerateConfig, inputs: dict[str, Path], space: Workspace) -> None:
     """Load each model in turn, generate, measure."""
     with needs("cpmcu", "generate"):
-        import cpmcu  # noqa: F401 - said here, before any work
+        from cpmcu.cpu_library import kernels
 
-    models = {"smollm2" if config.model == "smollm2" else config.model: model_path(config.model)}
-    if "model" in inputs:
-        models["ours, full precision"] = inputs["model"]
-    if "packed" in inputs:
-        models["ours, ternary (packed)"] = inputs["packed"]
-    texts, timings = {}, {}
-    for index, (name, path) in enumerate(models.items()):
-        space.progress(f"{name} writes", index / len(models))
-        found = space.once(
-            f"model-{index}",
-            lambda path=path, index=index: _measure(config, path, index == 0, space.threads),
+    library, reason = kernels()
+    if library is None:
+        space.progress(f"no native engine ({reason}): one kind of weights, dense attention", 0.0)
+    found, timings = {}, {}
+    variants = _variants(config, inputs, native=library is not None)
+    for index, (name, options) in enumerate(variants.items()):
+        space.progress(f"{name} writes", index / len(variants))
+        found[name] = space.once(
+            f"variant-{index}",
+            lambda options=options: _measure(config, threads=space.threads, **options),
         )
-        texts[name], timings[name] = {"samples": found["samples"]}, found["timings"]
-    space.write_metrics({"models": texts})
+        timings[name] = found[name].pop("timings")
+    space.write_metrics({"models": found})
     space.write_timings(timings)
 
 
-def _measure(config: GenerateConfig, path: Path, chat: bool, threads: int) -> dict[str, Any]:
-    """Texts, and tokens per second of prefill and decode, of one model."""
-    from cpmcu import Engine
+def _variants(
+    config: GenerateConfig, inputs: dict[str, Path], native: bool
+) -> dict[str, dict[str, Any]]:
+    """What is measured, by name: the chat model by kind of weights and of attention, then the
+    pipeline's own models.
+    """
+    label, path = config.model, model_path(config.model)
+    weights = config.weights if native else ["auto"]
+    variants = {
+        f"{label}, {kind} weights": {"path": path, "chat": True, "quant": kind} for kind in weights
+    }
+    if config.long_tokens and native:
+        for sparse in (False, True):
+            variants[f"{label}, {config.long_tokens} tokens, {'sparse' if sparse else 'dense'}"] = {
+                "path": path, "chat": True, "quant": weights[-1], "sparse": sparse,
+                "tokens": config.long_tokens,
+            }  # fmt: skip
+    for name, given in (("ours, full precision", "model"), ("ours, ternary", "packed")):
+        if given in inputs:
+            variants[name] = {"path": inputs[given], "chat": False}
+    return variants
+
+
+def _measure(
+    config: GenerateConfig, *, path: Path, chat: bool, threads: int, quant: str = "auto",
+    sparse: bool | None = None, tokens: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Tokens per second of prefill and decode of one model, and its texts; with `sparse` given, on
+    a long prompt and without texts.
+    """
+    from cpmcu import Engine, SparseAttention
 
     reset_peak()
-    engine = Engine.from_pretrained(path, threads=threads)
+    attention = SparseAttention(**_SPARSE) if sparse else "off" if sparse is not None else "auto"
+    engine = Engine.from_pretrained(path, threads=threads, quant=quant, sparse=attention)
     samples = []
-    for words in config.questions if chat else config.prompts:
+    for words in () if sparse is not None else config.questions if chat else config.prompts:
         pieces = engine.generate(
             **({"messages": [{"role": "user", "content": words}]} if chat else {"prompt": words}),
             max_new_tokens=config.max_new_tokens,
@@ -77,7 +119,7 @@ def _measure(config: GenerateConfig, path: Path, chat: bool, threads: int) -> di
         )
         text = "".join(pieces)
         samples.append({"prompt": words, "text": text, "ended": pieces.result.finish_reason})
-    length = min(config.prefill_tokens, engine.max_context - config.max_new_tokens)
+    length = min(tokens or config.prefill_tokens, engine.max_context - config.max_new_tokens)
     # Any ids do for timing; distinct ones, so that nothing can be answered from a cache.
     ids = [index % engine.spec.vocab for index in range(100, 100 + length)]
     prefill, decode = [], []
@@ -95,7 +137,7 @@ def _measure(config: GenerateConfig, path: Path, chat: bool, threads: int) -> di
             "prefill_tokens_per_second": statistics.median(prefill),
             "decode_tokens_per_second": statistics.median(decode) if decode else 0.0,
             "peak_memory_bytes": peak_bytes(),
-            "dtype": str(engine.dtype).removeprefix("torch."),
+            "weights": engine.quant,
         },
     }
 
@@ -108,7 +150,9 @@ def check(config: GenerateConfig) -> None:
 def estimate(config: GenerateConfig, inputs: dict[str, Path]) -> Estimate:
     """Loading, and a few hundred tokens of a model of 135M parameters."""
     tokens = (len(config.questions) + config.repeats + 1) * config.max_new_tokens
-    return Estimate(20 + tokens / 15, 1_800_000_000, 2_000_000, detail=config.model)
+    long = 2 * (config.repeats + 1) * config.long_tokens
+    seconds = 20 + len(config.weights) * tokens / 25 + long / 500
+    return Estimate(seconds, 1_800_000_000, 2_000_000, detail=config.model)
 
 
 STAGE = Stage(

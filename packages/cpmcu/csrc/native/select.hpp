@@ -1,7 +1,8 @@
+// Copied from common/native/select.hpp by common/sync.py: change it there.
 // Which blocks a query visits (arXiv 2509.24663, sections 3.2 and 3.3), in one pass over the compressed keys:
 // scores of a few tokens at a time, pooled to blocks and ranked at once, so that L²/16 scores are never held.
 #pragma once
-#include "args.h"
+#include "select_args.h"
 #include "rows.hpp"
 
 namespace native {
@@ -16,25 +17,25 @@ struct Scratch {
     int64_t width;
 };
 
-inline int64_t select_tokens(const infllm2_shape *s) {
+inline int64_t select_tokens(const native_shape *s) {
     const int64_t most = SELECT_LANES / s->group;
     return most < 1 ? 1 : (most < s->queries ? most : s->queries);
 }
-inline int64_t select_lanes(const infllm2_shape *s) { return ((s->group > SELECT_LANES ? s->group : SELECT_LANES) + 15) / 16 * 16; }
-inline int64_t score_width(const infllm2_shape *s, const infllm2_selection *c) {
+inline int64_t select_lanes(const native_shape *s) { return ((s->group > SELECT_LANES ? s->group : SELECT_LANES) + 15) / 16 * 16; }
+inline int64_t score_width(const native_shape *s, const native_selection *c) {
     const int64_t per_block = c->block_size / c->kernel_stride, overlap = c->kernel_size / c->kernel_stride - 1;
     return ((s->keys / c->block_size + 2) * per_block + overlap + TILE + 15) / 16 * 16;
 }
-inline int64_t select_work(const infllm2_shape *s, const infllm2_selection *c) {
+inline int64_t select_work(const native_shape *s, const native_selection *c) {
     const int64_t lanes = select_lanes(s);
     return 4 * (lanes * (s->dim + 4) + 2 * (TILE + 1) * 16 + 16 * 16 + TILE * s->dim + select_tokens(s) * score_width(s, c)) + 1024;
 }
 // Lists of blocks of the tokens of one tile, at most MOST_ROWS.
-inline int64_t lists_work(const infllm2_shape *s, const infllm2_selection *c) {
+inline int64_t lists_work(const native_shape *s, const native_selection *c) {
     const int64_t tokens = MOST_ROWS / s->group;
     return 4 * (tokens < 1 ? 1 : tokens) * c->budget;
 }
-inline Scratch scratch_in(char *work, const infllm2_shape *s, const infllm2_selection *c) {
+inline Scratch scratch_in(char *work, const native_shape *s, const native_selection *c) {
     const int64_t lanes = select_lanes(s);
     float *p = reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(work) + 63) & ~uintptr_t(63));
     Scratch r;
@@ -61,13 +62,13 @@ template <class Format> struct Selector {
     using T = typename V::T;
     using Source = typename Format::Source;
     static constexpr int L = V::L;
-    const infllm2_select_args *a;
-    const infllm2_selection &c;
+    const native_select_args *a;
+    const native_selection &c;
     Scratch r;
     int64_t batch, head, first, tokens;
     int rows, groups, depth, dim, group;
 
-    Selector(const infllm2_select_args *args, char *work, int64_t b, int64_t h, int64_t t, int64_t count)
+    Selector(const native_select_args *args, char *work, int64_t b, int64_t h, int64_t t, int64_t count)
         : a(args), c(args->selection), r(scratch_in(work, &args->shape, &args->selection)), batch(b), head(h), first(t), tokens(count) {
         dim = int(a->shape.dim), group = int(a->shape.group);
         depth = std::is_same<typename Format::Dot::Unit, float>::value ? dim : Format::units(dim);
@@ -87,7 +88,7 @@ template <class Format> struct Selector {
     }
 
     // Logits (not scaled) of kernels [start, start + n) for G lane groups from g on; more to come up to `most`.
-    template <int G> void logits(const infllm2_tensor &kernels, int64_t start, int n, int64_t most, int g) {
+    template <int G> void logits(const native_tensor &kernels, int64_t start, int n, int64_t most, int g) {
         const Source *k = static_cast<const Source *>(kernels.data) + batch * kernels.batch + head * kernels.head + start * kernels.row;
         const auto keys = Format::keys(k, kernels.row, n, dim, r.key_scratch);
         const float *q = r.q + ptrdiff_t(g) * depth * L;
@@ -109,7 +110,7 @@ template <class Format> struct Selector {
     }
 
     // lse (base 2) of each row over the kernels it sees; -inf where it sees none.
-    template <int G> void normalise(const infllm2_tensor &kernels, int64_t size, int64_t stride, int g, float *lse) {
+    template <int G> void normalise(const native_tensor &kernels, int64_t size, int64_t stride, int g, float *lse) {
         int64_t fewest, most;
         count_visible(size, stride, g, G, &fewest, &most);
         const T factor = V::set(c.scale * LOG2E), never = V::set(-INFINITY);

@@ -1,9 +1,10 @@
+// Copied from common/native/compress.hpp by common/sync.py: change it there.
 // Compressed keys: means of keys over overlapping kernels (arXiv 2509.24663, section 3.1).
 //
 // Sums run in the order of infllm2/compression.py, keys within a stride, strides within a kernel, so that keys
 // compressed as they arrive, all at once, or by PyTorch are the same bits.
 #pragma once
-#include "args.h"
+#include "select_args.h"
 #include "lanes.hpp"
 
 namespace native {
@@ -43,7 +44,7 @@ inline void mean_of(const Source *k, ptrdiff_t row, int width, int factor, int s
         from_float(summed(d, 0.f, [](const Source *p) { return to_float(*p); }, [](float a, float b) { return a + b; }) / size, out + d);
 }
 
-template <class Format> void compress(const infllm2_compress_args *a, int32_t ith, int32_t nth) {
+template <class Format> void compress(const native_compress_args *a, int32_t ith, int32_t nth) {
     using V = typename Format::Lanes;
     using Source = typename Format::Source;
     const int width = a->kernel_size / a->kernel_stride;
@@ -52,7 +53,7 @@ template <class Format> void compress(const infllm2_compress_args *a, int32_t it
         const int64_t pair = item / count, b = pair / a->kv_heads, h = pair % a->kv_heads, i = item % count;
         const bool coarse = i >= fine;
         const int64_t j = coarse ? a->coarse_begin + i - fine : a->fine_begin + i;
-        const infllm2_tensor &to = coarse ? a->coarse : a->fine;
+        const native_tensor &to = coarse ? a->coarse : a->fine;
         const int factor = coarse ? a->coarse_factor : 1;
         const Source *k = static_cast<const Source *>(a->keys.data) + b * a->keys.batch + h * a->keys.head + j * factor * a->kernel_stride * a->keys.row;
         Source *out = static_cast<Source *>(const_cast<void *>(to.data)) + b * to.batch + h * to.head + j * to.row;
