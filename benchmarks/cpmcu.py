@@ -419,7 +419,7 @@ if __name__ == "__main__":
                         help='groups: "prefill 4", "decode 8", "first", "process", "bf16", '
                         '"limits", "long 32768", "longprefill"; other rows are kept')  # fmt: skip
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sparse", default="off", help="of our engine in the long rows")
+    parser.add_argument("--sparse", default="on", help="of our engine in the long rows")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-cpmcu"))
     given = parser.parse_args()
     level = cpu_library.loaded().level

@@ -61,7 +61,14 @@ class Cpmcu:
                     last = min(at, first + len(piece))
                     arena[:, :, first:last] = arena[:, :, : last - first]
             engine.tokens[:] = [piece[i % len(piece)] for i in range(at)]
-            cache.length = at
+            done, cache.length = cache.kernels(), at
+            for held, valid, wanted in zip(
+                (cache.fine, cache.coarse), done, cache.kernels(), strict=True
+            ):
+                for arena in held:  # means of repeating keys repeat, but at the seams
+                    for first in range(valid, wanted, valid):
+                        last = min(wanted, first + valid)
+                        arena[:, first:last] = arena[:, : last - first]
         engine.rollback(at)
         return self._steps(steps)
 

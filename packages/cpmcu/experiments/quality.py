@@ -66,7 +66,8 @@ ROWS: dict[str, tuple[str, str, Any]] = {
     "llama-bf16": ("llama.cpp, BF16", "llama", "BF16"),
     "llama-q8": ("llama.cpp, Q8_0", "llama", "Q8_0"),
     "llama-q4": ("llama.cpp, Q4_0", "llama", "Q4_0"),
-    "llama-p-gptq": ("llama.cpp, our P-GPTQ as Q4_0", "ours", "p-gptq"),
+    "llama-p-gptq": ("llama.cpp, our P-GPTQ, levelled, as Q4_0", "ours", "p-gptq"),
+    "llama-drop": ("llama.cpp, our P-GPTQ, dropped, as Q4_0", "ours", "p-gptq-drop"),
 }
 # Reads windows of ids, prints the sum of -log p of each but for its first token.
 PEER = """
@@ -177,7 +178,9 @@ class Lab:
         assert self.llama is not None
         if how == "ours":
             folder = self.made(what)
-            path = self.gguf(what, lambda p: convert(folder, p))
+            path = self.work / f"{what}.gguf"
+            path.unlink(missing_ok=True)  # the folder may be another than last time
+            convert(folder, path)
         else:
             path = plain = self.gguf("BF16", lambda p: convert(self.model, p, "BF16"))
             if what != "BF16":
