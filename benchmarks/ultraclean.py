@@ -138,7 +138,8 @@ def close(ours: Any, theirs: Any) -> None:
     """The gate: equal scores."""
     scores = ours[0] if isinstance(ours, tuple) else ours
     worst = max(abs(float(a) - min(b, 1.0)) for a, b in zip(scores, theirs, strict=True))
-    assert worst < 2e-5, f"the scores differ by {worst}"
+    # fastText adds 1e-5 to each share, and the recipe takes one of them from 1.
+    assert worst < 3e-5, f"the scores differ by {worst}"
 
 
 def scoring() -> Iterator[tuple[str, Callable[[], dict]]]:

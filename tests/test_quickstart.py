@@ -21,7 +21,7 @@ import bitcpm
 pytestmark = pytest.mark.slow
 
 MINICPM4 = Path(sys.executable).parent / "minicpm4"
-STAGES = ["clean", "pretrain", "ternary", "sparse", "generate", "density", "report"]
+STAGES = ["clean", "verify", "pretrain", "ternary", "sparse", "generate", "density", "report"]
 
 
 def minicpm4(*arguments: str | Path, cwd: Path, **options) -> subprocess.CompletedProcess[str]:
@@ -57,6 +57,15 @@ def test_clean_accounts_for_every_passage(finished: Path) -> None:
         assert all(r["text"] and 0 <= r["ultraclean_score"] <= 1 for r in records)
     assert result["auc"]["seen sources"]["value"] > 0.8
     assert 0 <= result["auc"]["unseen sources"]["value"] <= 1
+
+
+def test_verify_says_what_it_found_and_what_it_cost(finished: Path) -> None:
+    result = metrics(finished, "verify")
+    control, kept = (result["losses"][arm]["good text"] for arm in ("control", "kept"))
+    gain = sum(a - b for a, b in zip(control, kept, strict=True)) / len(control)
+    assert result["gain"] == pytest.approx(gain) and len(control) == 2
+    assert result["verdict"] in ("helps", "hurts", "within noise")
+    assert result["ledger"]["share_of_scratch"] < 1
 
 
 def test_pretrain_learns(finished: Path) -> None:

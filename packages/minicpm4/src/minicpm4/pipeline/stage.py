@@ -96,7 +96,16 @@ class Stage:
 # The module of a stage is imported when a pipeline names it, so that `minicpm4 --help` stays fast.
 STAGES = {
     name: f"minicpm4.stages.{name}"
-    for name in ("clean", "pretrain", "ternary", "sparse", "generate", "density", "report")
+    for name in (
+        "clean",
+        "verify",
+        "pretrain",
+        "ternary",
+        "sparse",
+        "generate",
+        "density",
+        "report",
+    )
 }
 
 

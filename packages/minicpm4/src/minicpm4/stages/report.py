@@ -12,7 +12,7 @@ from pydantic import Field
 from minicpm4._files import write_text
 from minicpm4.pipeline.manifest import read_manifest, versions
 from minicpm4.pipeline.stage import Estimate, Stage, StageConfig, Workspace
-from minicpm4.reporting import clean, density, inference, training
+from minicpm4.reporting import clean, density, inference, training, verify
 from minicpm4.reporting.blocks import Section
 from minicpm4.reporting.page import machine, render
 
@@ -52,6 +52,10 @@ def _clean(name: str, read: Mapping[str, Any]) -> Section:
     return clean.section(name, read["clean"])
 
 
+def _verify(name: str, read: Mapping[str, Any]) -> Section:
+    return verify.section(name, read["verify"])
+
+
 def _pretrain(name: str, read: Mapping[str, Any]) -> Section:
     return training.pretrain(name, read["pretrain"], read["pretrain_timings"])
 
@@ -74,6 +78,7 @@ def _density(name: str, read: Mapping[str, Any]) -> Section:
 
 _SECTIONS = {
     "clean": _clean,
+    "verify": _verify,
     "pretrain": _pretrain,
     "ternary": _ternary,
     "sparse": _sparse,
