@@ -91,9 +91,9 @@ def pipeline(model: str, inputs: str, output: str) -> Callable[[], Any]:
             ],
             tasks=2, workers=2, logging_dir=f"{output}/logs", skip_completed=False,
         ).run()  # fmt: skip
-        return json.loads(Path(f"{output}/logs/stats.json").read_text())[1]["stats"]["forwarded"][
-            "total"
-        ]
+        stats = json.loads(Path(f"{output}/logs/stats.json").read_text())[1]["stats"]
+        kept = stats["forwarded"]
+        return kept["total"] if isinstance(kept, dict) else kept
 
     return run
 

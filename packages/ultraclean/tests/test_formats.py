@@ -76,7 +76,9 @@ def unzstd(data: bytes) -> bytes:
 
 
 def test_blocks_are_the_file(dirty: Path, tmp_path: Path) -> None:
-    data = dirty.read_bytes()
+    data = dirty.read_bytes()[:60_000]
+    dirty = tmp_path / "part.jsonl"
+    dirty.write_bytes(data)
     for size in (100, 4096, 1 << 20):
         found = list(blocks(dirty, size=size))
         assert b"".join(b.data for b in found) == data

@@ -12,6 +12,7 @@ The sums are made by the native library (csrc/score.hpp), or where it is missing
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ultraclean.normalise import Normaliser
 
 # Characters scored at a time: enough to spread the cost of a call.
-BATCH = 1 << 20
+BATCH = 1 << 18
 
 
 class Scorer:
@@ -66,6 +67,7 @@ class Scorer:
         self._local = native.WorkOfThread()
         if self.backend == "native":
             self.model = self._index()
+        self._making = threading.Lock()
         self._bpe: dict[int, native_args.BpeArgs] = {}
 
     def _index(self) -> native_args.ModelArgs:
@@ -136,17 +138,18 @@ class Scorer:
             return self._words_of(made), np.array([t.count(" ") + 1 for t in made], np.int64)
         documents = [t.encode("utf-8", "replace") for t in texts]
         bpe = None
-        if normaliser.tokenizer is not None:
-            bpe = self._bpe.get(id(normaliser))
-            if bpe is None:
-                bpe = self._bpe[id(normaliser)] = normaliser.features(self)
+        with self._making:  # or each thread would make tables of its own
+            fold = normaliser.fold
+            if normaliser.tokenizer is not None:
+                bpe = self._bpe.get(id(normaliser))
+                if bpe is None:
+                    bpe = self._bpe[id(normaliser)] = normaliser.features(self)
         if normaliser.tokenizer is not None and normaliser.tables is None:
             # A tokenizer of another kind cuts the text; its tokens are scored here.
             logits, counted = self._library.score(
                 self.model, normaliser.ids(texts), self._local.work, bpe=bpe
             )
         else:
-            fold = normaliser.fold
             logits, counted = self._library.score(
                 self.model, documents, self._local.work, fold.args, bpe, fold.expansion
             )
