@@ -97,13 +97,22 @@ class _Engine:
         move = self.move if cache.config.positions == "contiguous" else None
         if layer.held + new > cache.config.capacity:
             self.scorer.rescore(layer)
-            layer.evict(None, move)
+            layer.evict(None, move, self.due(layer, cache, new))
         if move is None or layer.columns == layer.held:
             return rotation  # nothing was evicted yet: places are positions
         places = torch.arange(new, device=hidden.device)[None]
         if cache.valid is not None:
             places = (cache.valid.cumsum(1) - 1).clamp(min=0)
         return self.rotation(layer.counts() + places, hidden)
+
+    def due(self, layer: Any, cache: LocretCache, new: int) -> Tensor | None:
+        """Rows that would not hold their new tokens, `[B]`: padding must not cut a row earlier than
+        it would be cut alone. None: all.
+        """
+        if layer.valid is None:
+            return None
+        coming = new if cache.valid is None else cache.valid.sum(1)
+        return layer.valid.sum(1) + coming > cache.config.capacity
 
     def move(self, keys: Tensor, by: Tensor) -> Tensor:
         """Turn keys `[B, J, m, D]` by so many positions `[B, J, m]`."""

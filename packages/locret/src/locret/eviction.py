@@ -10,7 +10,7 @@ from locret.config import LocretConfig
 
 def keep(
     scores: Tensor, positions: Tensor, valid: Tensor | None, last: Tensor | None,
-    config: LocretConfig,
+    config: LocretConfig, due: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The `budget` best entries of each row and head, in their old order.
 
@@ -21,10 +21,11 @@ def keep(
         last: bool `[B]`, rows whose text has ended: there the newest entries are not protected;
             None if no row's has.
         config: sizes.
+        due: bool `[B]`, rows that are cut; the others keep all. None: all rows are.
 
     Returns:
         int64 indices `[B, J, m]`, ascending, a row's real entries before its padding; and the new
-        `valid` `[B, m]`, None where nothing is padding. m is at most `budget`.
+        `valid` `[B, m]`, None where nothing is padding.
 
     Raises:
         ValueError: NaN scores, which would order at random.
@@ -33,7 +34,10 @@ def keep(
         raise ValueError("a score is NaN: the scorer or the model overflowed")
     b, _, n = scores.shape
     counts = torch.full((b,), n, device=scores.device) if valid is None else valid.sum(1)
-    m = min(config.budget, int(counts.max()))
+    limit = counts.clamp(max=config.budget)
+    if due is not None:
+        limit = torch.where(due, limit, counts)
+    m = int(limit.max())
     places = torch.arange(n, device=scores.device)
     worth = scores.float().clone()
     if config.stabilisers:
@@ -51,9 +55,9 @@ def keep(
     if valid is not None:
         worth.masked_fill_(~valid[:, None], -torch.inf)
     best = torch.sort(worth, dim=-1, descending=True, stable=True).indices[..., :m]
-    if valid is None:
+    left = torch.arange(m, device=scores.device) < limit[:, None]
+    if bool(left.all()):
         return best.sort(-1).values, None
-    padding = ~valid[:, None].expand_as(worth).gather(2, best)
+    padding = ~left[:, None]
     best = (best + padding * n).sort(-1).values % n
-    left = torch.arange(m, device=scores.device) < counts[:, None]
-    return best, None if bool(left.all()) else left
+    return best, left

@@ -26,9 +26,7 @@ def prefill(
     """Read `ids` `[B, T]`; what is left of them, for `generate` or for `cache.fork()`."""
     cache = LocretCache(config)
     with locret(model, heads, config):
-        model(
-            input_ids=ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1
-        )
+        model(input_ids=ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
     return cache
 
 

@@ -82,11 +82,11 @@ class LayerStore(CacheLayerMixin):
         """Real entries of each row: `[B, 1]`, or one number where no row has padding."""
         return self.held if self.valid is None else self.valid.sum(1, keepdim=True)
 
-    def evict(self, last: Tensor | None, move: Any = None) -> None:
+    def evict(self, last: Tensor | None, move: Any = None, due: Tensor | None = None) -> None:
         """Keep the budget's best.
 
         Args:
-            last: see `eviction.keep`.
+            last, due: see `eviction.keep`.
             move: `(keys [B, J, m, D], by [B, J, m]) -> keys`, which turns keys by so many
                 positions: with it what stays is renumbered 0, 1, 2 …
         """
@@ -94,7 +94,7 @@ class LayerStore(CacheLayerMixin):
             return
         now = slice(0, self.held)
         index, left = keep(
-            self.scores[:, :, now], self.positions[:, :, now], self.valid, last, self.config
+            self.scores[:, :, now], self.positions[:, :, now], self.valid, last, self.config, due
         )
         m = index.shape[2]
         keys = _gather(self.keys, index)

@@ -109,8 +109,8 @@ class KeyNorm(Scorer):
     """Small keys draw attention (arXiv 2406.11430)."""
 
     def observe(self, step: Step) -> Tensor:
-        """−‖k‖."""
-        return -step.new_keys.float().norm(dim=-1)
+        """−‖k‖, before RoPE, which leaves lengths as they are."""
+        return -step.call.unrotated()[1].float().norm(dim=-1)
 
 
 @dataclass
@@ -201,7 +201,9 @@ class SnapKV(Scorer):
             weights, self.kernel, stride=1, padding=self.kernel // 2, count_include_pad=False
         )
         positions = layer.positions[:, :, : layer.held]
-        real = layer.valid[:, None] if layer.valid is not None else torch.ones_like(positions).bool()
+        real = (
+            layer.valid[:, None] if layer.valid is not None else torch.ones_like(positions).bool()
+        )
         newest = positions.masked_fill(~real, -1).amax(-1, keepdim=True)
         layer.scores[:, :, : layer.held] = pooled.masked_fill(
             positions > newest - self.window, float(pooled.max()) + 1
@@ -244,10 +246,14 @@ class ExpectedAttention(Scorer):
         mean = state["sum"] / count
         cov = state["outer"] / count[..., None] - mean[..., None] * mean[..., None, :]
         # RoPE is linear in (cos, sin), so its mean over positions is RoPE by their means.
-        start = layer.positions[:, :, :held].max() + 1
         if layer.config.positions == "contiguous":
-            start = torch.as_tensor(held, device=mean.device)
-        at = start + torch.arange(self.future, device=mean.device)[None]
+            start = torch.as_tensor(layer.counts(), device=mean.device).view(-1, 1)
+        else:
+            last = layer.positions[:, 0, :held]
+            if layer.valid is not None:
+                last = last.masked_fill(~layer.valid, -1)
+            start = last.max(-1, keepdim=True).values + 1
+        at = start + torch.arange(self.future, device=mean.device)
         cos, sin = (x.float().mean(1, keepdim=True) for x in rotation(at))
         turn = lambda x: rotate(module, x, x, cos, sin)[0]  # noqa: E731 - rows [.., .., n, D]
         mean = turn(mean[:, :, None])[:, :, 0]
@@ -260,7 +266,11 @@ class ExpectedAttention(Scorer):
         logits = logits + 0.5 * scaling**2 * (spread * keys[:, :, None]).sum(-1)
         if layer.valid is not None:
             logits = logits.masked_fill(~layer.valid[:, None, None], -torch.inf)
-        weights = logits.softmax(-1).mean(2) * layer.values[:, :, :held].float().norm(dim=-1)
+        # A row that has only padding so far has no weights.
+        weights = (
+            logits.softmax(-1).nan_to_num(0.0) if layer.valid is not None else logits.softmax(-1)
+        )
+        weights = weights.mean(2) * layer.values[:, :, :held].float().norm(dim=-1)
         sinks = layer.positions[:, :, :held] < self.sinks
         layer.scores[:, :, :held] = weights.masked_fill(sinks, float(weights.max()) + 1)
 
