@@ -18,8 +18,10 @@ ATTENTION = ["infllm2", "cpmcu"]  # those of them that attend
 
 # Which tool holds a copy of what: Python beside its own, the rest in csrc/native/.
 COPIES = {
-    "_files.py": ["testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu", "densing"],
-    "_cli.py": ["testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu", "infllm2", "densing"],
+    "_files.py": ["testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu", "locret", "densing"],
+    "_cli.py": [
+        *("testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu", "infllm2", "locret", "densing"),
+    ],
     "_native.py": NATIVE,
     "native/Native.cmake": [*NATIVE, "ultraclean"],
     "native/attend.hpp": ATTENTION,

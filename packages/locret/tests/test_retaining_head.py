@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from locret import RetainingHead, importance, retaining_loss
+from locret import RetainingHead, importance, qkv_input, retaining_loss
 
 
 def test_forward_is_the_formula() -> None:
-    head = RetainingHead(6, 2, 4, hidden=8)
+    head = RetainingHead(40, 2, hidden=8)
     q, k, v = torch.randn(1, 6, 3, 4), torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
-    found = head(q, k, v)
+    found = head(qkv_input(q, k, v))
     assert found.shape == (1, 2, 3)
     x = torch.cat([q[0, :, 1].flatten(), k[0, :, 1].flatten(), v[0, :, 1].flatten()])
     hidden = head.fc1.weight @ x
@@ -30,7 +30,7 @@ def test_loss_by_hand_and_its_gradient() -> None:
 def test_it_learns_which_keys_an_answer_will_need() -> None:
     """Keys along a fixed direction are the ones that answers ask for; the head must find them."""
     torch.manual_seed(0)
-    head = RetainingHead(2, 1, 8, hidden=32)
+    head = RetainingHead(32, 1, hidden=32)
     direction = torch.randn(8)
     optimiser = torch.optim.Adam(head.parameters(), lr=5e-3)
 
@@ -41,14 +41,15 @@ def test_it_learns_which_keys_an_answer_will_need() -> None:
 
     def overlap() -> float:
         q, k, v, labels = sample()
-        best = [x.topk(6, dim=-1).indices[:, 0] for x in (head(q, k, v), labels)]
+        best = [x.topk(6, dim=-1).indices[:, 0] for x in (head(qkv_input(q, k, v)), labels)]
         shared = [len(set(a.tolist()) & set(b.tolist())) / 6 for a, b in zip(*best, strict=True)]
         return sum(shared) / len(shared)
 
-    first = retaining_loss(head(*sample()[:3]), sample()[3]).item()
+    q, k, v, labels = sample()
+    first = retaining_loss(head(qkv_input(q, k, v)), labels).item()
     for _ in range(200):
         q, k, v, labels = sample()
-        loss = retaining_loss(head(q, k, v), labels)
+        loss = retaining_loss(head(qkv_input(q, k, v)), labels)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -56,8 +57,24 @@ def test_it_learns_which_keys_an_answer_will_need() -> None:
     assert overlap() > 0.6  # by chance: 0.09
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_mlp_starts_as_the_linear_head_exactly(activation: str, bias: bool) -> None:
+    linear = RetainingHead(12, 3, hidden=0, bias=bias)
+    head = RetainingHead(12, 3, hidden=9, activation=activation, bias=bias)
+    head.start_from(linear)
+    x = torch.randn(2, 5, 12)
+    assert torch.allclose(head(x), linear(x), atol=1e-5)
+    head(x).square().sum().backward()
+    assert head.fc2.weight.grad[:, 6:].abs().min() > 0  # the spare units learn at once
+    with pytest.raises(ValueError, match="hidden must be at least 6"):
+        RetainingHead(12, 3, hidden=5).start_from(linear)
+    with pytest.raises(ValueError, match="needs a linear head"):
+        head.start_from(head)
+
+
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="heads 3 is not a multiple of kv_heads 2"):
-        RetainingHead(3, 2, 4)
-    with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
-        RetainingHead(2, 2, 4, hidden=0)
+    with pytest.raises(ValueError, match="hidden must be at least 0, got -1"):
+        RetainingHead(2, 2, hidden=-1)
+    with pytest.raises(ValueError, match="activation must be one of silu, gelu, relu, got 'x'"):
+        RetainingHead(2, 2, activation="x")

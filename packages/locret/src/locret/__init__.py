@@ -1,4 +1,7 @@
-"""Locret: small trained heads that decide which keys a bounded cache keeps."""
+"""Locret: small trained heads that decide which keys a bounded cache keeps (arXiv 2410.01805).
+
+The names below are imported on first use; those that run a model need transformers.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,32 @@ from typing import Any
 __version__ = importlib.metadata.version("minicpm4-locret")
 
 _HOME = {
+    "HeadsConfig": "heads",
+    "LocretCache": "cache",
     "LocretConfig": "config",
     "Prefill": "reference",
     "RetainingHead": "retaining_head",
+    "RetainingHeads": "heads",
+    "SCORERS": "scorers",
+    "Scorer": "scorers",
     "chunked_prefill": "reference",
     "evict": "reference",
+    "generate": "generation",
     "importance": "reference",
+    "locret": "context",
+    "prefill": "generation",
+    "qkv_input": "retaining_head",
     "retaining_loss": "retaining_head",
 }
 
-__all__ = [
-    "LocretConfig",
-    "Prefill",
-    "RetainingHead",
-    "chunked_prefill",
-    "evict",
-    "importance",
-    "retaining_loss",
-]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,7 +1,9 @@
-"""The retaining head: from a token's query, key and value to what its cache entry is worth. §3.1.
+"""The retaining head: from a token's activations to what its cache entry is worth. §3.1.
 
-R(x) = σ(x W₁) W₂ with x = [Q, K, V] before RoPE, all heads; no biases; one score for each key-value
-head. It reads frozen activations, so each layer trains on its own and the model never changes.
+R(x) = σ(x W₁) W₂ with x = [Q, K, V] before RoPE, all heads; one score for each key-value head. It
+reads frozen activations, so each layer trains on its own and the model never changes. x may also be
+the attention's input, of which [Q, K, V] is a linear image, and W may be a single matrix, which a
+ridge regression finds in closed form.
 """
 
 from __future__ import annotations
@@ -11,37 +13,82 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SMOOTHING = 0.0025  # weight of the neighbour term, as released
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 class RetainingHead(nn.Module):
     """One layer's head.
 
     Args:
-        heads: query heads.
-        kv_heads: key-value heads; divides `heads`.
-        head_dim: width of a head.
-        hidden: width of the head's own hidden layer, d_R (paper: 1024).
+        inputs: width of x: (heads + 2 · kv_heads) · head_dim for [Q, K, V].
+        kv_heads: scores for each token.
+        hidden: width of the head's own hidden layer, d_R (paper: 1024); 0 is a linear head.
+        activation: σ, the model's own in the paper: silu, gelu or relu.
+        bias: whether both matrices have one. The paper's have none; without it scores of different
+            layers are less comparable.
 
     Raises:
-        ValueError: a size below one, or heads that do not divide.
+        ValueError: a size out of range or an unknown activation.
     """
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, hidden: int = 1024) -> None:
+    def __init__(
+        self, inputs: int, kv_heads: int, hidden: int = 1024, activation: str = "silu",
+        bias: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "hidden": hidden}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if heads % kv_heads:
-            raise ValueError(f"heads {heads} is not a multiple of kv_heads {kv_heads}")
+        for name, value, least in (
+            ("inputs", inputs, 1), ("kv_heads", kv_heads, 1), ("hidden", hidden, 0)
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation must be one of {known}, got {activation!r}")
+        self.activation = activation
         # The released checkpoints call the two matrices fc1 and fc2.
-        self.fc1 = nn.Linear((heads + 2 * kv_heads) * head_dim, hidden, bias=False)
-        self.fc2 = nn.Linear(hidden, kv_heads, bias=False)
+        self.fc1 = nn.Linear(inputs, hidden, bias=bias) if hidden else None
+        self.fc2 = nn.Linear(hidden or inputs, kv_heads, bias=bias)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Scores `[B, Hkv, T]` from q `[B, Hq, T, D]` and k, v `[B, Hkv, T, D]`, before RoPE."""
-        x = torch.cat([t.transpose(1, 2).flatten(2) for t in (q, k, v)], dim=-1)
-        return self.fc2(F.silu(self.fc1(x))).transpose(1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores `[B, Hkv, T]` from activations `[B, T, inputs]`."""
+        if self.fc1 is not None:
+            x = ACTIVATIONS[self.activation](self.fc1(x))
+        return self.fc2(x).transpose(1, 2)
+
+    @torch.no_grad()
+    def start_from(self, linear: RetainingHead) -> None:
+        """Become the function of a linear head, exactly: σ(z) − σ(−z) = z for all of `ACTIVATIONS`.
+
+        Two hidden units carry each score; the others keep their random W₁ and have a W₂ of zero,
+        so they learn from the first step and change nothing before it.
+
+        Raises:
+            ValueError: no room for it, or other sizes.
+        """
+        kv_heads = linear.fc2.out_features
+        if linear.fc1 is not None or self.fc1 is None or self.fc2.out_features != kv_heads:
+            raise ValueError("start_from needs a linear head of as many kv_heads, and to be an MLP")
+        if self.fc1.out_features < 2 * kv_heads:
+            raise ValueError(
+                f"hidden must be at least {2 * kv_heads} to start from a linear head, got "
+                f"{self.fc1.out_features}"
+            )
+        self.fc2.weight.zero_()
+        for j in range(kv_heads):
+            for unit, sign in ((2 * j, 1.0), (2 * j + 1, -1.0)):
+                self.fc1.weight[unit] = sign * linear.fc2.weight[j]
+                self.fc2.weight[j, unit] = sign
+        if self.fc1.bias is not None:
+            self.fc1.bias[: 2 * kv_heads] = 0
+        if self.fc2.bias is not None:
+            self.fc2.bias.zero_()
+            if linear.fc2.bias is not None:
+                self.fc2.bias.copy_(linear.fc2.bias)
+
+
+def qkv_input(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[Q, K, V] of all heads, `[B, T, (Hq + 2 Hkv) D]`, from `[B, H, T, D]` each, before RoPE."""
+    return torch.cat([t.transpose(1, 2).flatten(2) for t in (q, k, v)], dim=-1)
 
 
 def retaining_loss(scores: Tensor, labels: Tensor, smoothing: float = SMOOTHING) -> Tensor:
