@@ -19,7 +19,7 @@ _HOME = {
     "RetainingHead": "retaining_head",
     "RetainingHeads": "heads",
     "SCORERS": "scorers",
-    "Scorer": "scorers",
+    "Scorer": "scoring",
     "chunked_prefill": "reference",
     "evict": "reference",
     "generate": "generation",

@@ -15,7 +15,8 @@ from locret.cache import LocretCache
 from locret.chunks import read
 from locret.config import LocretConfig
 from locret.interface import Call, Rotation, attention_modules, exchanged, rotary_of, rotate
-from locret.scorers import Scorer, Step, as_scorer
+from locret.scorers import as_scorer
+from locret.scoring import Scorer, Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

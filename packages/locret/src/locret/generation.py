@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from locret.heads import RetainingHeads
-    from locret.scorers import Scorer
+    from locret.scoring import Scorer
 
 
 @torch.no_grad()

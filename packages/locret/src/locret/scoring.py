@@ -1,0 +1,104 @@
+"""What a scorer sees of a layer's call, and the attention of the queries that it remembers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from locret.interface import Call
+
+if TYPE_CHECKING:
+    from locret.layer_store import LayerStore
+
+
+@dataclass
+class Step:
+    """One call of one layer, after its attention.
+
+    Attributes:
+        call: see `Call`; its k and v are all `[B, J, n, D]` held.
+        layer: the layer's store; `positions` and `valid` already hold the new entries.
+        mask: bool `[B or 1, 1, T, n]`, True where a query looked, or None: plain causal.
+        rotation: int positions `[N, T]` to (cos, sin) `[N, T, D]`.
+    """
+
+    call: Call
+    layer: LayerStore
+    mask: Tensor | None
+    rotation: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    @property
+    def new(self) -> int:
+        """Tokens of this call, T."""
+        return self.call.q.shape[2]
+
+    @property
+    def new_keys(self) -> Tensor:
+        """`[B, J, T, D]`."""
+        return self.call.k[:, :, self.layer.held - self.new :]
+
+    @property
+    def new_positions(self) -> Tensor:
+        """int64 `[B, J, T]`."""
+        return self.layer.positions[:, :, self.layer.held - self.new : self.layer.held].long()
+
+    @property
+    def new_valid(self) -> Tensor | None:
+        """bool `[B, T]`, or None."""
+        valid = self.layer.valid
+        return None if valid is None else valid[:, -self.new :]
+
+
+class Scorer(ABC):
+    """Base of all: static scores, given once."""
+
+    @abstractmethod
+    def observe(self, step: Step) -> Tensor:
+        """Scores of the new entries, `[B, J, T]`, finite."""
+
+    def rescore(self, layer: LayerStore) -> None:  # noqa: B027 - most have nothing to do
+        """Write new scores of what is held into `layer.scores`, before an eviction."""
+
+
+def remember_queries(step: Step, window: int) -> None:
+    """Keep each row's last real queries and their positions in the layer's state."""
+    state = step.layer.state
+    q, at = step.call.q, step.new_positions[:, 0]
+    valid = step.new_valid
+    valid = torch.ones_like(at, dtype=torch.bool) if valid is None else valid
+    if "queries" in state:
+        old = state["queries"]
+        q, at = torch.cat([old[0], q], 2), torch.cat([old[1], at], 1)
+        valid = torch.cat([old[2], valid], 1)
+    if bool(valid.all()):
+        newest = slice(max(q.shape[2] - window, 0), None)
+        state["queries"] = (q[:, :, newest], at[:, newest], valid[:, newest])
+    else:
+        index = torch.sort(valid.long(), dim=1, stable=True).indices[:, -window:]
+        wide = index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+        state["queries"] = (q.gather(2, wide), at.gather(1, index), valid.gather(1, index))
+    state["scaling"] = step.call.scaling
+
+
+def window_attention(layer: LayerStore, softmax: bool) -> Tensor | None:
+    """`[B, J, n]`: mean softmax weight, or else the largest logit, of the remembered queries."""
+    if "queries" not in layer.state:
+        return None
+    q, at, real = layer.state["queries"]
+    keys, held = layer.keys[:, :, : layer.held], layer.held
+    q = q.unflatten(1, (keys.shape[1], -1))
+    logits = torch.einsum("bjgtd,bjnd->bjgtn", q, keys).float() * layer.state["scaling"]
+    later = layer.positions[:, :, None, :held] > at[:, None, :, None]
+    hidden = later | ~real[:, None, :, None]
+    if layer.valid is not None:
+        hidden = hidden | ~layer.valid[:, None, None]
+    logits = logits.masked_fill(hidden[:, :, None], -torch.inf)
+    if not softmax:
+        return logits.amax((2, 3)).clamp(min=-1e4)
+    weights = logits.softmax(-1).nan_to_num()  # a row of padding has nothing to look at
+    return weights.sum((2, 3)) / real.sum(1)[:, None, None].clamp(min=1) / q.shape[2]
