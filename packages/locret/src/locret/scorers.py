@@ -59,8 +59,8 @@ class KeyNorm(Scorer):
     """Small keys draw attention (arXiv 2406.11430)."""
 
     def observe(self, step: Step) -> Tensor:
-        """−‖k‖, before RoPE, which leaves lengths as they are."""
-        return -step.call.unrotated()[1].float().norm(dim=-1)
+        """−‖k‖ to 11 bits: RoPE's rounding must not decide between equal tokens, which so tie."""
+        return -step.new_keys.float().norm(dim=-1).clamp(max=6e4).half().float()
 
 
 @dataclass

@@ -263,7 +263,11 @@ class Classifier:
     def _exact(self, words: Iterable[str]) -> np.ndarray:
         if self._matrices is None:
             model = model_file.read(self._whole_model("an exact score"))
-            assert isinstance(model.inputs, model_file.DenseMatrix)
+            if not isinstance(model.inputs, model_file.DenseMatrix):
+                raise ValueError(
+                    f"{self.folder / _MODEL} is quantised (.ftz): an exact score needs the dense "
+                    "model it was made from; leave exact out"
+                )
             column = model.labels.index(self._positive)
             self._matrices = model.inputs.values, model.outputs, column
         inputs, outputs, column = self._matrices

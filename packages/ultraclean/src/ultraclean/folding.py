@@ -112,7 +112,8 @@ def fold_of(name: str) -> Fold:
         return _mapped({}, lambda c: " " if c.splitlines() == [""] else c, trim=True)
     if name == "zh-char":
         return _mapped(_folded(), lambda c: f" {c} " if CJK.match(c) else " " if c.isspace() else c)
-    assert name == "minhash"
+    if name != "minhash":
+        raise ValueError(f"no table of characters is called {name!r}: expected a normaliser's name")
     # Slow characters are kept as they are: a signature need not be a normaliser's equal.
     easy = {p: (chr(p) if t is None else t).lower() for p, t in _folded().items()}
     return _mapped(easy, lambda c: f" {c} " if CJK.match(c) else c if c.isalnum() else " ")
