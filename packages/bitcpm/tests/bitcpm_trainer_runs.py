@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from bitcpm_models import build
 from transformers import TrainingArguments
 
 from bitcpm import TernaryConfig, TwoStageConfig
-from bitcpm.trainer import TwoStageTrainer
+from bitcpm.trainer import TwoStageTrainer, leave_process_group
 
 SCHEDULE = TwoStageConfig(qat_fraction=0.5, decay_fraction=0.2, warmup_steps=2, rewarmup_steps=2)
 
@@ -43,12 +45,30 @@ def trainer(folder: Path, steps: int = 20, **options) -> TwoStageTrainer:
     )  # fmt: skip
 
 
-if __name__ == "__main__":
-    run = trainer(Path(sys.argv[1]), steps=6, save_strategy="no")
+def run_one_of_several(folder: Path) -> None:
+    """Train with the other processes and write what this one has in the end."""
+    run = trainer(folder, steps=6, save_strategy="no")
     run.train()
     model = run.accelerator.unwrap_model(run.model)
-    rank, count = run.args.process_index, run.args.world_size
     torch.save(
-        {"count": count, "state": model.state_dict(), "logs": run.state.log_history},
-        f"{sys.argv[1]}/rank{rank}.pt",
+        {
+            "count": run.args.world_size,
+            "state": model.state_dict(),
+            "logs": run.state.log_history,
+        },
+        folder / f"rank{run.args.process_index}.pt",
     )
+
+
+def threads() -> list[str]:
+    """Names of this process's threads, where the system tells."""
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
+if __name__ == "__main__":
+    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    run_one_of_several(folder)
+    during = threads()
+    leave_process_group()
+    names = {"during": during, "after": threads()}
+    (folder / f"threads{rank}.json").write_text(json.dumps(names))

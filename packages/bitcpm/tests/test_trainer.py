@@ -61,6 +61,11 @@ def test_two_processes_on_cpus_train_one_model(tmp_path):
     for name in one["state"]:
         assert torch.equal(one["state"][name], two["state"][name]), name
     assert "ternary_zeros" in one["logs"][-2]
+    for rank in (0, 1):  # a gloo thread that is alive at exit may abort it
+        names = json.loads((tmp_path / f"threads{rank}.json").read_text())
+        if names["during"]:
+            assert any("gloo" in name for name in names["during"])
+            assert not any("gloo" in name for name in names["after"])
 
 
 def test_the_teacher_counts_from_its_step_on(tmp_path):

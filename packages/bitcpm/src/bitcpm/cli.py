@@ -197,6 +197,7 @@ def train(
     """
     from .config import TernaryConfig, TwoStageConfig
     from .train import train_model
+    from .trainer import leave_process_group
 
     schedule = TwoStageConfig(
         qat_fraction=qat,
@@ -210,6 +211,7 @@ def train(
         model, texts, out, steps=steps, ternary=TernaryConfig(group_size=group_size),
         two_stage=schedule, block=block, batch=batch, teacher_dir=teacher, seed=seed, bf16=bf16,
     )  # fmt: skip
+    leave_process_group()
     print(f"{report.steps} steps, {report.qat_steps} of them ternary, {report.tokens:,} tokens")
     if report.first_loss is not None:
         print(f"loss {report.first_loss:.3f} to {report.last_loss:.3f}")

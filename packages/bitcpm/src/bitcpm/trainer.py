@@ -10,6 +10,7 @@ BitCPM-CANN's third step is decoupled distillation: QAT first, then a teacher's 
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -180,6 +181,19 @@ def distillation_loss(
     log_q = F.log_softmax(student[:, :-1].float() / temperature, -1)
     divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     return (divergence * counts).sum() / counts.sum().clamp(min=1) * temperature**2
+
+
+def leave_process_group() -> None:
+    """Ends torch.distributed's default group and its threads: the last call of a program.
+
+    Gloo's threads free the tensors of a collective after its wait has returned. One that does so
+    while Python shuts down aborts the process, although everything is written (about one run in
+    thirty, with two processes). The threads end with the last reference to the group, and a DDP
+    model has one: call this where no trainer and no such model is in use any more.
+    """
+    gc.collect()  # a trainer and its callbacks refer to each other
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def zero_config() -> Path:
