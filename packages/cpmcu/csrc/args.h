@@ -134,12 +134,14 @@ typedef struct {
     native_compress_args compress;
 } cpmcu_compress_args;
 
-// Quantises rows [rows, cols] of floats or bfloat16 to one of the layouts above; integers by the largest magnitude of
-// a group, each value to the nearest step.
+// Lays out rows [rows, cols] of floats (dtype 0) or bfloat16 (1) in one of the layouts above; integers by the largest
+// magnitude of a group, each value to the nearest step. Or lays out int8 codes (2) around 0 with the float16 scales
+// [rows, cols / group] they have: nothing is rounded.
 typedef struct {
     const void *from;
     int64_t row;  // stride
     cpmcu_matrix to;
+    const uint16_t *scales;  // of codes
     int32_t dtype, unused;
 } cpmcu_lay_out_args;
 

@@ -195,9 +195,18 @@ inline void quantise_row(const float *x, const cpmcu_matrix &m, uint8_t *codes, 
     }
 }
 
+// The same for codes around 0 that have scales.
+inline void copy_codes(const int8_t *from, const uint16_t *from_scales, const cpmcu_matrix &m, uint8_t *codes, uint16_t *scales) {
+    const int zero = m.kind == CPMCU_INT8 ? 128 : 8, mask = m.kind == CPMCU_INT8 ? 255 : 15;
+    for (int64_t k = 0; k < m.cols; ++k) codes[k] = uint8_t((from[k] + zero) & mask);
+    std::memcpy(scales, from_scales, sizeof(uint16_t) * (m.cols / m.group));
+}
+
 inline int32_t lay_out(const cpmcu_lay_out_args &a, int32_t ith, int32_t nth) {
     const cpmcu_matrix &m = a.to;
     if (m.kind < CPMCU_FLOAT32 || m.kind > CPMCU_INT4 || m.cols > MOST_COLUMNS) return 1;
+    const bool coded = a.dtype == 2;
+    if (coded && m.kind < CPMCU_INT8) return 1;
     const int64_t groups = m.group ? m.cols / m.group : 0;
     float x[MOST_COLUMNS];
     uint8_t codes[MOST_COLUMNS];
@@ -209,7 +218,7 @@ inline int32_t lay_out(const cpmcu_lay_out_args &a, int32_t ith, int32_t nth) {
             const bool real = r < m.rows;
             if (!real)
                 std::memset(x, 0, sizeof(float) * m.cols);
-            else
+            else if (!coded)
                 a.dtype ? read_row(static_cast<const bf16 *>(a.from) + r * a.row, m.cols, x) : read_row(static_cast<const float *>(a.from) + r * a.row, m.cols, x);
             if (m.kind == CPMCU_FLOAT32) {
                 for (int64_t k = 0; k < m.cols; ++k) reinterpret_cast<float *>(panel)[k * ROWS + lane] = x[k];
@@ -219,7 +228,10 @@ inline int32_t lay_out(const cpmcu_lay_out_args &a, int32_t ith, int32_t nth) {
                 for (int64_t k = 0; k < m.cols; ++k) from_float(x[k], reinterpret_cast<bf16 *>(panel) + (k / 2 * ROWS + lane) * 2 + k % 2);
                 continue;
             }
-            quantise_row(x, m, codes, scales);
+            if (coded && real)
+                copy_codes(static_cast<const int8_t *>(a.from) + r * a.row, a.scales + r * groups, m, codes, scales);
+            else
+                quantise_row(x, m, codes, scales);
             uint8_t *bytes = reinterpret_cast<uint8_t *>(panel);
             for (int64_t k = 0; k < m.cols; ++k) {
                 if (m.kind == CPMCU_INT8) {

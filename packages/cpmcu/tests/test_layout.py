@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cpmcu import Engine, cpu_library, gguf_codes, layout
 from cpmcu.codes import Codes, nearest
-from cpmcu.cpu_weights import pack, pack_codes
+from cpmcu.cpu_weights import pack
 from cpmcu.loader import Source
 from cpmcu.quantise import quantise
 from cpmcu.tensors import Tensors
@@ -60,18 +60,44 @@ def test_any_group_goes_into_blocks_unrounded(kind, group):
     assert np.array_equal(held, matrix.dequantise().numpy())
 
 
+def panels(codes):
+    """The layout of csrc/args.h in plain operations: data, scales."""
+    (rows, cols), count = codes.shape, -(-codes.shape[0] // 16)
+    whole = torch.zeros(count * 16, cols, dtype=torch.int16)
+    whole[:rows] = codes.codes
+    if codes.bits == 8:
+        data = (whole + 128).to(torch.uint8).view(count, 16, cols // 4, 4)
+    else:
+        low, high = (whole + 8).to(torch.uint8).view(count, 16, cols // 8, 2, 4).unbind(3)
+        data = low | high << 4
+    scales = torch.zeros(count * 16, cols // codes.group, dtype=torch.half)
+    scales[:rows] = codes.scales
+    return data.transpose(1, 2).flatten(), scales.view(count, 16, -1).transpose(1, 2).flatten()
+
+
 @native
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 16, 37])
 def test_codes_and_rounded_weights_lie_alike(bits, rows):
-    """Laying out codes gives the bytes that the kernels make of the weights themselves."""
+    """Weights and their codes become the same bytes, those of the layout as it is described."""
     weight = torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows))
-    kind = {4: cpu_library.INT4, 8: cpu_library.INT8}[bits]
-    wanted = pack(weight, kind, cpu_library.Pool(1))
-    made = pack_codes(nearest(weight, bits))
-    assert torch.equal(made.data, wanted.data.view(made.data.shape))
-    # as numbers: rows that fill the last panel have scales 0 or -0
-    assert torch.equal(made.scales.flatten().view(torch.half), wanted.scales.view(torch.half))
+    kind, pool = {4: cpu_library.INT4, 8: cpu_library.INT8}[bits], cpu_library.Pool(1)
+    codes = nearest(weight, bits)
+    data, scales = panels(codes)
+    for made in (pack(weight, kind, pool), pack(codes, kind, pool)):
+        assert torch.equal(made.data, data)
+        # as numbers: rows that fill the last panel have scales 0 or -0
+        assert torch.equal(made.scales.view(torch.half), scales)
+
+
+@native
+@pytest.mark.parametrize("group", [64, 128])
+def test_large_groups_keep_their_scales(group):
+    codes = random_codes(21, 256, 4, group)
+    made = pack(codes, cpu_library.INT4, cpu_library.Pool(2))
+    data, scales = panels(codes)
+    assert torch.equal(made.data, data) and made.struct.group == group
+    assert torch.equal(made.scales.view(torch.half), scales)
 
 
 def rounding_inputs(group):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import testbed
-from cpmcu import Engine
+from cpmcu import Engine, tensors
 from cpmcu.loader import Source
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
@@ -137,7 +137,8 @@ def test_wrong_dtype(folder):
 
 def test_config_of_another_size_is_refused_before_memory_is_taken(folder, monkeypatch):
     configure(folder, hidden_size=2**20 * 96, intermediate_size=2**30)
-    monkeypatch.setattr("cpmcu.loader.allocate", lambda *_: pytest.fail("took memory"))
+    for name in ("read", "codes"):
+        monkeypatch.setattr(tensors.Tensors, name, lambda *_: pytest.fail("took memory"))
     with pytest.raises(ValueError, match="has shape"):
         Engine.from_pretrained(folder)
 
@@ -182,7 +183,24 @@ def test_memory_limit(folder):
 def test_progress_reaches_the_end(folder):
     calls = []
     Engine.from_pretrained(folder, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(i, 21) for i in range(1, 22)]
+    assert calls == [(i, 4) for i in range(1, 5)]  # embedding, two layers, the rest
+
+
+def test_layers_are_read_as_they_are_taken(folder, monkeypatch):
+    """Two layouts of the model are never held whole."""
+    read = []
+    actual = tensors.read_layer
+
+    def counting(spec, index, *how):
+        read.append(index)
+        return actual(spec, index, *how)
+
+    monkeypatch.setattr(tensors, "read_layer", counting)
+    layers = iter(tensors.load(Source(folder), torch.float32).layers)
+    assert read == []
+    first = next(layers)
+    assert read == [0] and first.down.dtype == torch.float32
+    assert len(list(layers)) == 1 and read == [0, 1]
 
 
 def test_gguf_and_folder_of_smollm2_have_the_same_logits(smollm2):

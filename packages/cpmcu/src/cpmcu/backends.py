@@ -57,4 +57,5 @@ def decoder(
         return reference.Decoder(spec, weights)
     dtype, pool = weights.embedding.dtype, cpu_library.Pool(threads)
     packed = pack_model(spec, weights, quant, pool)
+    cpu_library.give_back()
     return cpu_backend.Decoder(spec, packed, dtype, pool, plan.CHUNK, max_context)

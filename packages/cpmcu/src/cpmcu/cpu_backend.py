@@ -30,7 +30,7 @@ def is_supported(spec: ModelSpec, dtype: torch.dtype) -> tuple[bool, str]:
     library, reason = c.kernels()
     if library is None:
         return False, reason
-    if dtype not in c.DTYPES:
+    if dtype not in (torch.float32, torch.bfloat16):
         return False, f"needs float32 or bfloat16, got {dtype}"
     if spec.window is not None and spec.window < spec.max_context:
         return False, "sliding windows are in the reference backend only"

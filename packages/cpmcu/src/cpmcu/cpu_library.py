@@ -16,7 +16,7 @@ from torch import Tensor
 from cpmcu import _native
 
 FLOAT32, BFLOAT16, INT8, INT4, ROWS = range(5)  # kinds of weights
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # int8: codes, for lay_out alone
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 OPERATIONS = (
     "embed", "norm", "pack", "swiglu", "multiply", "add", "rotate", "compress", "select",
@@ -122,7 +122,13 @@ AttendArgs = _structure(
 CompressArgs = _structure("CompressArgs", [("step", c_void_p), ("compress", NativeCompress)])
 LayOutArgs = _structure(
     "LayOutArgs",
-    [("source", c_void_p), ("row", c_int64), ("to", Matrix), *_fields(c_int32, "dtype unused")],
+    [
+        ("source", c_void_p),
+        ("row", c_int64),
+        ("to", Matrix),
+        ("scales", c_void_p),
+        *_fields(c_int32, "dtype unused"),
+    ],
 )
 Record = _structure("Record", _fields(c_void_p, "operation args"))
 
@@ -219,6 +225,15 @@ def kernels() -> tuple[Kernels | None, str]:
         return None, f"CPMCU_CPU_LEVEL must be one of {', '.join(LEVELS)}, got {wanted!r}"
     library, reason = _native.load("cpmcu", Path(__file__).parent)
     return (None, reason) if library is None else (Kernels(library), "")
+
+
+def give_back() -> None:
+    """Let the C library return freed memory to the system, where it can be asked to: loading leaves
+    tens of megabytes of gaps.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def loaded() -> Kernels:

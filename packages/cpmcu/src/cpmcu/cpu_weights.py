@@ -50,44 +50,29 @@ def pack(weight: Tensor | Codes, kind: int, pool: c.Pool) -> PackedMatrix:
     Raises:
         ValueError: the columns do not fill the layout's units.
     """
-    if isinstance(weight, Codes):
-        return pack_codes(weight)
     rows, cols = weight.shape
+    given, group = None, GROUP
+    if isinstance(weight, Codes):
+        kind, group = KINDS[weight.quant], weight.group
+        source, given = weight.codes.contiguous(), weight.scales.contiguous()
+    else:
+        source = weight.contiguous()
     unit = {c.FLOAT32: 1, c.BFLOAT16: 2}.get(kind, GROUP)
     if cols % unit:
         raise ValueError(
             f"{'int8 and int4' if unit == GROUP else 'bfloat16'} weights need a multiple of {unit} "
             f"columns, got {tuple(weight.shape)}: take another quant"
         )
-    weight = weight.contiguous()
     integers = kind in (c.INT8, c.INT4)
     panels = -(-rows // 16)
-    matrix = c.Matrix(None, None, rows, cols, kind, GROUP if integers else 0)
+    matrix = c.Matrix(None, None, rows, cols, kind, group if integers else 0)
     data = torch.empty(c.loaded().size("matrix_bytes", matrix), dtype=torch.uint8)
-    scales = torch.empty(panels * cols // GROUP * 16, dtype=torch.int16) if integers else None
+    scales = torch.empty(panels * cols // group * 16, dtype=torch.int16) if integers else None
     matrix.data, matrix.scales = data.data_ptr(), c.address(scales)
-    args = c.LayOutArgs(weight.data_ptr(), cols, matrix, c.DTYPES[weight.dtype], 0)
+    args = c.LayOutArgs(
+        source.data_ptr(), cols, matrix, c.address(given), c.DTYPES[source.dtype], 0
+    )
     pool.run(c.Records([("lay_out", args)]))
-    return PackedMatrix(data, scales, matrix)
-
-
-def pack_codes(weight: Codes) -> PackedMatrix:
-    """Lay out codes that a file holds: nothing is rounded."""
-    (rows, cols), group = weight.shape, weight.group
-    panels = -(-rows // 16)
-    codes = torch.zeros(panels * 16, cols, dtype=torch.int16)
-    codes[:rows] = weight.codes
-    if weight.bits == 8:
-        data = (codes + 128).to(torch.uint8).view(panels, 16, cols // 4, 4)
-    else:
-        low, high = (codes + 8).to(torch.uint8).view(panels, 16, cols // 8, 2, 4).unbind(3)
-        data = low | high << 4
-    scales = torch.zeros(panels * 16, cols // group, dtype=torch.float16)
-    scales[:rows] = weight.scales
-    data = data.transpose(1, 2).contiguous()
-    scales = scales.view(panels, 16, -1).transpose(1, 2).contiguous().view(torch.int16)
-    matrix = c.Matrix(data.data_ptr(), scales.data_ptr(), rows, cols, KINDS[weight.quant], group)
-    assert data.nbytes == c.loaded().size("matrix_bytes", matrix)
     return PackedMatrix(data, scales, matrix)
 
 
@@ -129,7 +114,8 @@ def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> P
     """All weights in one kind; with "int4" and "ternary" embedding and head have 8 bits, and
     so have a layer's matrices that are not ternary.
 
-    The matrices of `weights` are let go layer by layer, so that both are never held whole.
+    Layers of `weights` are taken one by one; where they are read only then (`tensors.load`), both
+    layouts are never held whole.
 
     Raises:
         ValueError: columns that the kind cannot have, or "ternary" where nothing is.
@@ -149,15 +135,12 @@ def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> P
     def floats(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.float().contiguous()
 
-    weights.slots.clear()
     embedding = pack(weights.embedding, outer, pool)
     head = embedding if spec.tie else pack(weights.head, outer, pool)
     norm = floats(weights.norm)
-    none = torch.empty(0)
-    weights.embedding = weights.head = none
+    weights.embedding = weights.head = torch.empty(0)
     layers = []
-    while weights.layers:
-        x = weights.layers.pop(0)
+    for x in weights.layers:
         layers.append(
             PackedLayer(
                 attention_norm=floats(x.attention_norm),

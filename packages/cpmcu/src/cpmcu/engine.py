@@ -15,7 +15,7 @@ from cpmcu.loader import Progress, Source
 from cpmcu.session import Loaded, Session
 from cpmcu.sparse import SparseAttention
 from cpmcu.spec import ModelSpec
-from cpmcu.tensors import load_codes
+from cpmcu.tensors import load
 from cpmcu.tokenizer import Tokenizer
 from cpmcu.weights import Weights
 
@@ -105,7 +105,7 @@ class Engine(Session):
         backends.choose(backend, quant, spec, compute)  # before memory is taken
         words = tokenizer.load(source)
         keep = stored is not None and quant == source.quant
-        weights = (load_codes if keep else Source.load)(source, compute, progress)
+        weights = load(source, compute, codes=keep, progress=progress)
         engine = cls(spec, weights, words, quant=quant, sparse=found or "off", backend=backend,
                      max_context=max_context, threads=threads)  # fmt: skip
         log.info("%s: backend %s, %s weights, %s, %s attention, %d tokens of context", path,

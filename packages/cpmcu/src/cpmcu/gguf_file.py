@@ -166,6 +166,11 @@ class GGUFFile:
             tensors[name] = TensorInfo(name, shape, kind, start + offset, nbytes)
         return tensors
 
+    def release(self) -> None:
+        """Give back the memory of what was read: the system reads it again when it is asked for."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED)
+
     def raw(self, name: str) -> np.ndarray:
         """The bytes of a tensor, uint8, as they lie in the file."""
         info = self.tensors[name]
@@ -199,8 +204,8 @@ class GGUFFile:
             shape = values.shape if len(info.shape) > 1 else info.shape
             yield first, torch.from_numpy(values.reshape(shape))
 
-    def read(self, name: str) -> Tensor:
-        """A whole tensor, dequantised to fp32."""
-        return torch.cat([piece for _, piece in self.pieces(name)]).reshape(
-            self.tensors[name].shape
-        )
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A whole tensor, dequantised."""
+        pieces = [piece.to(dtype) for _, piece in self.pieces(name)]
+        whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        return whole.reshape(self.tensors[name].shape)

@@ -1,4 +1,4 @@
-"""Put a model's weights into memory: safetensors folders, GGUF files, packed ternary folders.
+"""A model on disk: safetensors folders, GGUF files, packed ternary folders. `tensors` reads them.
 
 Files are untrusted: names, dtypes and shapes are checked against the spec before memory for the
 model is taken, and nothing is ever unpickled.
@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from cpmcu import gguf_codes, layout
 from cpmcu._fields import Fields, read_json
 from cpmcu.gguf_file import GGUFFile
 from cpmcu.spec import ModelSpec, from_folder
-from cpmcu.spec_gguf import from_gguf, interleaved_heads, transformers_name
-from cpmcu.weights import Weights, allocate
+from cpmcu.spec_gguf import from_gguf
 
 Progress = Callable[[int, int], None]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,19 +50,6 @@ class Source:
     def file_bytes(self) -> int:
         """Bytes of the weight files."""
         return sum(file.stat().st_size for file in self.files)
-
-    def load(self, dtype: torch.dtype, progress: Progress | None = None) -> Weights:
-        """All weights in `dtype`. `progress(done, total)` is called per tensor.
-
-        `tensors.load_codes` keeps the codes of a quantised model instead.
-        """
-        if self.kind == "quantised":
-            return _load_quantised(self, dtype, progress)
-        if self.gguf is not None:
-            return _load_gguf(self.gguf, self.spec, dtype, progress)
-        if self.kind == "ternary":
-            return _load_ternary(self.path, self.spec, dtype, progress)
-        return _load_safetensors(self.path, self.files, self.spec, dtype, progress)
 
 
 def _folder_kind(config: Fields) -> tuple[str, str | None]:
@@ -149,76 +134,6 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], spec: ModelSpec, where: 
             raise ValueError(f"{where}: tensor '{name}' has shape {shape}, expected {wanted[name]}")
 
 
-def _load_safetensors(
-    folder: Path, files: list[Path], spec: ModelSpec, dtype: torch.dtype, progress: Progress | None
-) -> Weights:
-    from safetensors import SafetensorError
-
-    found: dict[str, tuple[int, ...]] = {}
-    origin: dict[str, tuple[Path, str]] = {}
-    for file in files:
-        with opened(file) as tensors:
-            for stored in tensors.keys():
-                name, part = clean_name(stored), tensors.get_slice(stored)
-                if name is None:
-                    continue
-                check_dtype(stored, part.get_dtype(), file)
-                if name in origin:
-                    raise ValueError(f"{file}: tensor '{stored}' is also in {origin[name][0].name}")
-                found[name], origin[name] = tuple(part.get_shape()), (file, stored)
-    check_tensors(found, spec, folder)
-    weights = allocate(spec, dtype)
-    done = 0
-    for file in files:
-        with opened(file) as tensors:
-            for name, (where, stored) in origin.items():
-                if where == file and name in weights.slots:
-                    try:
-                        weights.slots[name].copy_(tensors.get_tensor(stored))
-                    except SafetensorError as error:
-                        raise ValueError(
-                            f"{file}: tensor '{stored}' is unreadable ({error})"
-                        ) from None
-                    done += 1
-                    report(progress, done, len(weights.slots))
-    return weights
-
-
-def _load_gguf(
-    file: GGUFFile, spec: ModelSpec, dtype: torch.dtype, progress: Progress | None
-) -> Weights:
-    names = {transformers_name(name): name for name in file.tensors}
-    names.pop(None, None)
-    found = {name: file.tensors[stored].shape for name, stored in names.items() if name is not None}
-    check_tensors(found, spec, file.path)
-    weights = allocate(spec, dtype)
-    for done, (name, slot) in enumerate(weights.slots.items(), start=1):
-        stored = names[name]
-        if heads := interleaved_heads(spec, name):
-            # [heads, D/2, 2, ...] as stored -> [heads, 2, D/2, ...] as half-rotation wants it
-            value = file.read(stored)
-            value = value.view(heads, -1, 2, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
-            slot.copy_(value)
-        else:
-            for first, piece in file.pieces(stored):
-                slot[first : first + len(piece)].copy_(piece) if slot.dim() > 1 else slot.copy_(
-                    piece
-                )
-        report(progress, done, len(weights.slots))
-    return weights
-
-
-def _load_quantised(source: Source, dtype: torch.dtype, progress: Progress | None) -> Weights:
-    from cpmcu.tensors import Tensors
-
-    with Tensors(source) as tensors:
-        weights = allocate(source.spec, dtype)
-        for done, (name, slot) in enumerate(weights.slots.items(), start=1):
-            slot.copy_(tensors.read(name))
-            report(progress, done, len(weights.slots))
-    return weights
-
-
 def ternary_tensors(folder: Path) -> Mapping[str, Tensor]:
     """All tensors of a folder packed by bitcpm, expanded; ImportError without bitcpm."""
     try:
@@ -229,19 +144,6 @@ def ternary_tensors(folder: Path) -> Mapping[str, Tensor]:
             "(in a clone: pip install ./packages/bitcpm)"
         ) from None
     return load_packed(folder)
-
-
-def _load_ternary(
-    folder: Path, spec: ModelSpec, dtype: torch.dtype, progress: Progress | None
-) -> Weights:
-    tensors = ternary_tensors(folder)
-    named = {name: tensor for stored, tensor in tensors.items() if (name := clean_name(stored))}
-    check_tensors({name: tuple(tensor.shape) for name, tensor in named.items()}, spec, folder)
-    weights = allocate(spec, dtype)
-    for done, (name, slot) in enumerate(weights.slots.items(), start=1):
-        slot.copy_(named[name])
-        report(progress, done, len(weights.slots))
-    return weights
 
 
 def report(progress: Progress | None, done: int, total: int) -> None:

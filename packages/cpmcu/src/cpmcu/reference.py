@@ -34,6 +34,7 @@ class Decoder:
     """A model ready to run: `forward` appends tokens to a cache and returns logits."""
 
     def __init__(self, spec: ModelSpec, weights: Weights) -> None:
+        weights.layers = list(weights.layers)  # they may be read only now
         self.spec, self.weights = spec, weights
         self._rope = RopeTable(spec.rope, spec.head_dim, weights.embedding.dtype)
 

@@ -1,12 +1,11 @@
 """One tensor of a model at a time, by its transformers name, whatever kind of file holds it.
 
-For what must not hold a whole model in memory: quantisation, conversion, and matrices that go to
-the kernels as the codes they are stored as.
+For what must not hold a whole model in memory twice: loading, quantisation, conversion.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +28,31 @@ class Tensors:
 
     def __init__(self, source: Source) -> None:
         self.source, self.spec = source, source.spec
-        self._files = ExitStack()
+        self._handles: dict[Path, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._where: dict[str, tuple[Any, str, Path]] = {}
-        try:
-            self._open()
-            loader.check_tensors(self._shapes, self.spec, source.path)
-        except BaseException:
-            self._files.close()
-            raise
+        self._open()
+        loader.check_tensors(self._shapes, self.spec, source.path)
 
     def __enter__(self) -> Tensors:
         """Itself."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close the files."""
-        self._files.close()
+        """Let the files go."""
+        self.release()
+
+    def release(self) -> None:
+        """Give back the memory that what was read of the files takes; reading goes on as before."""
+        self._handles.clear()
+        if self.source.gguf is not None:
+            self.source.gguf.release()
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._handles:
+            self._handles[file] = loader.opened(file)
+        return self._handles[file]
 
     def _open(self) -> None:
         source = self.source
@@ -62,7 +68,7 @@ class Tensors:
                     self._where[name] = (tensor, stored, source.path)
         else:
             for file in source.files:
-                self._add(file, self._files.enter_context(loader.opened(file)))
+                self._add(file, self._handle(file))
             self._join()
 
     def _add(self, file: Path, tensors: Any) -> None:
@@ -73,14 +79,14 @@ class Tensors:
                 raise ValueError(f"{file}: tensor '{stored}' is also in {self._where[name][2]}")
             part = tensors.get_slice(stored)
             self._kinds[name] = (part.get_dtype(), tuple(part.get_shape()))
-            self._where[name] = (tensors, stored, file)
+            self._where[name] = (None, stored, file)
 
     def _join(self) -> None:
         """Shapes of plain tensors, and of matrices in two parts."""
         for name, (kind, shape) in self._kinds.items():
             stem = name.removesuffix(layout.CODES).removesuffix(layout.SCALES)
             if self.source.kind != "quantised" or stem == name:
-                loader.check_dtype(name, kind, self._where[name][2])
+                loader.check_dtype(self._where[name][1], kind, self._where[name][2])
                 self._shapes[name] = shape
                 continue
             parts = [self._kinds.get(stem + end) for end in (layout.CODES, layout.SCALES)]
@@ -95,23 +101,23 @@ class Tensors:
     def _get(self, name: str) -> Tensor:
         from safetensors import SafetensorError
 
-        tensors, stored, file = self._where[name]
+        _, stored, file = self._where[name]
         try:
-            return tensors.get_tensor(stored)
+            return self._handle(file).get_tensor(stored)
         except SafetensorError as error:
             raise ValueError(f"{file}: tensor '{stored}' is unreadable ({error})") from None
 
-    def read(self, name: str) -> Tensor:
-        """A tensor in floats, in the dtype it is stored in, or expanded to float32."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor in floats; in None, the dtype it is stored in, or expanded to float32."""
         matrix = self.codes(name)
         if matrix is not None:
-            return matrix.dequantise()
+            return matrix.dequantise(dtype or torch.float32)
         holder, stored, _ = self._where[name]
-        if isinstance(holder, Tensor):
-            return holder
         if self.source.gguf is None:
-            return self._get(name)
-        value = holder.read(stored)
+            value = holder if isinstance(holder, Tensor) else self._get(name)
+            # A copy: the file may change under a tensor that is a view of it.
+            return value if dtype is None else value.to(dtype, copy=True)
+        value = holder.read(stored, dtype or torch.float32)
         if heads := interleaved_heads(self.spec, name):
             return value[halves(len(value), heads)]
         return value
@@ -140,33 +146,46 @@ def pairs(rows: int, heads: int) -> Tensor:
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
-def load_codes(source: Source, dtype: torch.dtype, progress: Progress | None = None) -> Weights:
-    """All weights, matrices as `Codes` where they are stored so, everything else in `dtype`."""
+def load(
+    source: Source, dtype: torch.dtype, *, codes: bool = False, progress: Progress | None = None
+) -> Weights:
+    """A model's weights in `dtype`; with `codes`, matrices as `Codes` where they are stored so.
+
+    `layers` are read as they are taken, one after the other, and once: who changes their layout
+    never holds both whole. Names, dtypes and shapes are checked before the first is read.
+    `progress(done, total)` is called per layer.
+
+    Raises:
+        ValueError: a file is damaged or not of this model.
+    """
     spec, total = source.spec, source.spec.layers + 2
 
     def plain(name: str) -> Tensor:
-        return tensors.read(name).to(dtype)
+        return tensors.read(name, dtype)
 
     def matrix(*names: str) -> Any:
-        found = [tensors.codes(name) for name in names]
+        found = [tensors.codes(name) if codes else None for name in names]
         known = [part for part in found if part is not None]
         if len(known) == len(names) and len({(p.bits, p.group) for p in known}) == 1:
             whole = stack(known)
             whole.dtype = dtype
             return whole
-        return torch.cat([plain(name) for name in names])
+        return torch.cat([plain(name) for name in names]) if len(names) > 1 else plain(names[0])
 
-    with Tensors(source) as tensors:
-        embedding = matrix("embed_tokens.weight")
-        loader.report(progress, 1, total)
-        layers = []
-        for i in range(spec.layers):
-            layers.append(read_layer(spec, i, plain, matrix))
-            loader.report(progress, i + 2, total)
-        head = embedding if spec.tie else matrix("lm_head.weight")
-        weights = Weights(embedding, layers, plain("norm.weight"), head, {})
-    loader.report(progress, total, total)
-    return weights
+    def layers() -> Iterator[Layer]:
+        with tensors:
+            for i in range(spec.layers):
+                loader.report(progress, i + 2, total)
+                yield read_layer(spec, i, plain, matrix)
+                tensors.release()
+            loader.report(progress, total, total)
+
+    tensors = Tensors(source)
+    embedding = matrix("embed_tokens.weight")
+    loader.report(progress, 1, total)
+    head = embedding if spec.tie else matrix("lm_head.weight")
+    tensors.release()
+    return Weights(embedding, layers(), plain("norm.weight"), head)
 
 
 def read_layer(spec: ModelSpec, index: int, plain: Any, matrix: Any) -> Layer:

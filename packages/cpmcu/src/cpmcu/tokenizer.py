@@ -178,8 +178,8 @@ def _token_bytes(backend: Any) -> list[bytes]:
     highest = max([*vocabulary.values(), *added], default=-1)
     if highest >= _MOST_IDS:  # before anything goes through all ids up to it, as `to_str` does
         raise ValueError(f"tokenizer.json: token id {highest} is above {_MOST_IDS - 1}")
-    description = json.loads(backend.to_str())
-    decoder = description.get("decoder") or {}
+    # Of the decoder alone: all of the tokenizer as JSON would cost more than loading the model.
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
     kinds = {d.get("type"): d for d in (decoder, *decoder.get("decoders", ()))}
     if "ByteLevel" in kinds:
         byte_of = {character: byte for byte, character in byte_characters().items()}

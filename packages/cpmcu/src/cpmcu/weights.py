@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -33,22 +34,24 @@ class Layer:
 
 @dataclass(slots=True)
 class Weights:
-    """All weights; `slots` maps every transformers tensor name to the memory it belongs in.
+    """All weights. With tied embeddings `head` is the same memory as `embedding`.
 
-    A loader copies into the slots, so no second copy of the model ever exists. With tied
-    embeddings `head` is the same memory as `embedding`.
+    `layers` may be read only as they are taken (`tensors.load`). `slots`, of `allocate`, maps every
+    transformers tensor name to the memory it belongs in.
     """
 
     embedding: Tensor | Codes
-    layers: list[Layer]
+    layers: Iterable[Layer]
     norm: Tensor
     head: Tensor | Codes
-    slots: dict[str, Tensor] = field(repr=False)
+    slots: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, a tied head counted once."""
-        return sum(slot.numel() * slot.element_size() for slot in self.slots.values())
+        """Bytes of floats held, a tied head counted once; where `layers` is a list."""
+        tensors = [self.embedding, self.norm] + ([] if self.head is self.embedding else [self.head])
+        tensors += [getattr(layer, name) for layer in self.layers for name in Layer.__slots__]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def allocate(spec: ModelSpec, dtype: torch.dtype) -> Weights:
