@@ -12,7 +12,7 @@ BENCHES := $(filter-out harness %_peer %_worker,$(patsubst benchmarks/%.py,%,$(w
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: force help setup run test lint format bench fuzz gpu wheels clean
+.PHONY: force help setup run test lint format bench fuzz sanitize gpu wheels clean
 
 help: ## Print this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -69,6 +69,15 @@ bench-%: setup ## Run one tool's benchmark, e.g. make bench-infllm2
 
 fuzz: setup ## Damage 40,000 model files; each must work or be refused (finds go to runs/fuzz)
 	OMP_NUM_THREADS=1 $(BIN)/python packages/cpmcu/tests/cpmcu_fuzzing.py --count 40000
+
+# The kernels are built once more, with checks of every access; what Python itself leaks is not looked at.
+sanitize: setup ## Run cpmcu's tests of kernels and loaders under AddressSanitizer and UBSan
+	cmake -S packages/cpmcu -B runs/sanitize -DNATIVE_SANITIZE=ON > /dev/null
+	cmake --build runs/sanitize -j 2 > /dev/null
+	NATIVE_DIR=runs/sanitize LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 \
+	  packages/cpmcu/tests/test_cpu_backend.py packages/cpmcu/tests/test_layout.py packages/cpmcu/tests/test_sparse.py \
+	  packages/cpmcu/tests/test_fuzz.py $(PYTEST_ARGS)
 
 gpu: setup ## Run the tests marked gpu, then time the GPU kernels (without a GPU both only say so)
 	$(BIN)/python -m pytest -q -m gpu

@@ -102,7 +102,7 @@ class Bench:
 
     def gguf(self, folder: Path) -> Path:
         """The same codes for llama.cpp."""
-        path = folder.with_suffix(".gguf")
+        path = folder.parent / f"{folder.name}.gguf"  # with_suffix would cut "0.5b"
         if not path.exists():
             convert(folder, path)
         return path

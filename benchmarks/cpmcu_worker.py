@@ -305,8 +305,8 @@ def main() -> None:
     options = json.loads(sys.argv[5]) if len(sys.argv) > 5 else {}
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
-    module = {"cpmcu": "cpmcu", "llama": "llama_cpp", "openvino": "openvino_genai"}.get(kind, kind)
-    __import__(module)
+    modules = {"cpmcu": "cpmcu.engine", "llama": "llama_cpp", "openvino": "openvino_genai"}
+    __import__(modules.get(kind, kind))
     start = time.perf_counter()
     engine = ENGINES[kind](model, int(threads), int(context), **options)
     engine.prefill([1, 2, 3])

@@ -17,9 +17,9 @@ template <class Narrow, class Wide> void select_tile(const native_select_args *s
         const int64_t some = count - t < step ? count - t : step;
         int32_t *out = blocks + t * s->selection.budget;
         if (some * s->shape.group <= Narrow::Lanes::L)
-            Selector<Narrow>(s, work, b, h, first + t, some).run(out);
+            Selector<typename Narrow::Selecting>(s, work, b, h, first + t, some).run(out);
         else
-            Selector<Wide>(s, work, b, h, first + t, some).run(out);
+            Selector<typename Wide::Selecting>(s, work, b, h, first + t, some).run(out);
     }
 }
 

@@ -34,5 +34,5 @@ typedef struct {
     native_tensor keys, fine, coarse;
     int64_t batch, kv_heads, dim;
     int64_t fine_begin, fine_end, coarse_begin, coarse_end;
-    int32_t kernel_size, kernel_stride, coarse_factor, dtype;
+    int32_t kernel_size, kernel_stride, coarse_factor, dtype, int8, unused;  // int8: the keys are, as in native_shape
 } native_compress_args;

@@ -108,14 +108,14 @@ typedef struct {
 } cpmcu_add_args;
 
 // Splits qkv [T, (H + 2 K) D]: normalises queries and keys if there are weights [D], rotates them, writes queries
-// [T, H, D] and, from step.start on, rows of the caches [K, room, D].
+// [T, H, D] and, from step.start on, rows of the caches [K, room, D], which are int8 (native_shape) if it says so.
 typedef struct {
     const cpmcu_step *step;
     const float *qkv, *q_norm, *k_norm;
     void *q, *k, *v;
     int64_t heads, kv_heads, dim, room;
     float eps;
-    int32_t dtype;
+    int32_t dtype, int8, unused;
 } cpmcu_rotate_args;
 
 // Causal attention of q over the cache: over all keys, or over the blocks that `select` chooses where the step's first

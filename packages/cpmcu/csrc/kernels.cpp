@@ -9,10 +9,13 @@ namespace native {
 inline namespace NATIVE_LEVEL {
 namespace {
 
-template <class Run> int32_t with_formats(int32_t dtype, Run run) {
-    if (dtype == 0) return run(Float32<Narrow>(), Float32<Wide>()), 0;
-    if (dtype == 1) return run(Bf16<Narrow>(), Bf16<Wide>()), 0;
-    return 1;
+template <class Run> int32_t with_formats(int32_t dtype, int32_t int8, Run run) {
+    if (dtype != 0 && dtype != 1) return 1;
+    if (int8)
+        dtype ? run(Bf16OfInt8<Narrow>(), Bf16OfInt8<Wide>()) : run(Float32OfInt8<Narrow>(), Float32OfInt8<Wide>());
+    else
+        dtype ? run(Bf16<Narrow>(), Bf16<Wide>()) : run(Float32<Narrow>(), Float32<Wide>());
+    return 0;
 }
 
 }  // namespace
@@ -37,15 +40,15 @@ OPERATION(lay_out, cpmcu_lay_out_args)
 #define N decltype(narrow)
 #define W decltype(wide)
 int32_t NAME(cpmcu_compress_, NATIVE_LEVEL)(const cpmcu_compress_args *a, int32_t ith, int32_t nth) {
-    return with_formats(a->compress.dtype, [&](auto, auto wide) { compress_new<W>(*a, ith, nth); });
+    return with_formats(a->compress.dtype, a->compress.int8, [&](auto, auto wide) { compress_new<W>(*a, ith, nth); });
 }
 int32_t NAME(cpmcu_select_, NATIVE_LEVEL)(const cpmcu_attend_args *a, int32_t ith, int32_t nth) {
-    return with_formats(a->attend.shape.dtype, [&](auto narrow, auto wide) { choose_blocks<N, W>(*a, ith, nth); });
+    return with_formats(a->attend.shape.dtype, a->attend.shape.int8, [&](auto narrow, auto wide) { choose_blocks<N, W>(*a, ith, nth); });
 }
 int32_t NAME(cpmcu_attend_, NATIVE_LEVEL)(const cpmcu_attend_args *a, int32_t ith, int32_t nth) {
-    return with_formats(a->attend.shape.dtype, [&](auto narrow, auto wide) { attend_step<N, W>(*a, ith, nth); });
+    return with_formats(a->attend.shape.dtype, a->attend.shape.int8, [&](auto narrow, auto wide) { attend_step<N, W>(*a, ith, nth); });
 }
 int32_t NAME(cpmcu_merge_, NATIVE_LEVEL)(const cpmcu_attend_args *a, int32_t ith, int32_t nth) {
-    return with_formats(a->attend.shape.dtype, [&](auto narrow, auto wide) { merge_step<N, W>(*a, ith, nth); });
+    return with_formats(a->attend.shape.dtype, a->attend.shape.int8, [&](auto narrow, auto wide) { merge_step<N, W>(*a, ith, nth); });
 }
 }

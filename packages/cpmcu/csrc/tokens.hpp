@@ -7,16 +7,22 @@
 namespace native {
 inline namespace NATIVE_LEVEL {
 
+constexpr int MOST_HEAD = 2048;  // size of a head: some on the stack of a thread
+
 template <class Source> inline void rotate_heads(const cpmcu_rotate_args &a, int32_t ith, int32_t nth) {
     const int64_t D = a.dim, half = D / 2, all = a.heads + 2 * a.kv_heads, T = a.step->tokens;
-    float y[2048];
+    float y[MOST_HEAD];
     for (int64_t i = ith; i < T * all; i += nth) {
         const int64_t t = i / all, n = i % all;
         const float *x = a.qkv + (t * all + n) * D;
         const int64_t kv = n < a.heads + a.kv_heads ? n - a.heads : n - a.heads - a.kv_heads;
-        const int64_t slot = (kv * a.room + a.step->start + t) * D;
+        const int64_t slot = kv * a.room + a.step->start + t;
         if (n >= a.heads + a.kv_heads) {
-            Source *v = static_cast<Source *>(a.v) + slot;
+            if (a.int8) {
+                store_row(x, int(D), static_cast<int8_t *>(a.v) + slot * (D + 4));
+                continue;
+            }
+            Source *v = static_cast<Source *>(a.v) + slot * D;
             for (int64_t d = 0; d < D; ++d) from_float(x[d], v + d);
             continue;
         }
@@ -27,8 +33,15 @@ template <class Source> inline void rotate_heads(const cpmcu_rotate_args &a, int
             for (int64_t d = 0; d < D; ++d) y[d] = x[d] * factor * weight[d];
             x = y;
         }
-        Source *to = n < a.heads ? static_cast<Source *>(a.q) + (t * a.heads + n) * D : static_cast<Source *>(a.k) + slot;
         const float *c = a.step->cos + t * D, *s = a.step->sin + t * D;
+        if (n >= a.heads && a.int8) {
+            float turned[MOST_HEAD];
+            for (int64_t d = 0; d < half; ++d) turned[d] = x[d] * c[d] + x[d + half] * s[d];
+            for (int64_t d = half; d < D; ++d) turned[d] = x[d] * c[d] + x[d - half] * s[d];
+            store_row(turned, int(D), static_cast<int8_t *>(a.k) + slot * (D + 4));
+            continue;
+        }
+        Source *to = n < a.heads ? static_cast<Source *>(a.q) + (t * a.heads + n) * D : static_cast<Source *>(a.k) + slot * D;
         for (int64_t d = 0; d < half; ++d) from_float(x[d] * c[d] + x[d + half] * s[d], to + d);
         for (int64_t d = half; d < D; ++d) from_float(x[d] * c[d] + x[d - half] * s[d], to + d);
     }

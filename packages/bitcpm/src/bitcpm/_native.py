@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sysconfig
 from pathlib import Path
 
@@ -23,9 +24,12 @@ def load(name: str, folder: Path) -> tuple[ctypes.CDLL | None, str]:
     Args:
         name: tool's name, also the prefix of its C functions.
         folder: the package's own, where a wheel puts the library. An editable install leaves it in
-            the folder of that name in site-packages instead.
+            the folder of that name in site-packages instead. Another build may be named by the
+            environment, for debugging: NATIVE_DIR is a folder that holds it.
     """
-    places = (folder, Path(sysconfig.get_path("platlib")) / name)
+    places = [folder, Path(sysconfig.get_path("platlib")) / name]
+    if "NATIVE_DIR" in os.environ:
+        places.insert(0, Path(os.environ["NATIVE_DIR"]))
     found = [library for place in places for library in sorted(place.glob(f"lib{name}.*"))]
     if not found:
         return None, (

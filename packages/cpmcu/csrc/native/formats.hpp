@@ -3,6 +3,9 @@
 // backward pass, how rows become the other operand.
 #pragma once
 #include "broadcast_gemm.hpp"
+#include "int8_rows.hpp"
+#include <type_traits>
+#include <utility>
 
 namespace native {
 inline namespace NATIVE_LEVEL {
@@ -18,8 +21,11 @@ template <class Unit> struct Tile {
 // What both formats that multiply floats share.
 template <class V, class S> struct FloatProducts {
     using Lanes = V;
-    using Source = S;
+    using Source = S;  // of queries and results
+    using Cached = S;  // of keys and values
     using Dot = FloatDot<V>;
+    static constexpr int BESIDE = 0;  // elements of a cached row beside its numbers
+    static constexpr bool FEW_HEADS = false;  // few_heads.hpp has a kernel
     static constexpr int EXP_DEGREE = 5;  // of the weights' exponential
     static int units(int n) { return n; }
     static void pack_query(const Source *q, int dim, float *out, int stride) {
@@ -39,6 +45,7 @@ template <class V, class S> struct FloatProducts {
 
 // float32: read where it lies.
 template <class V> struct Float32 : FloatProducts<V, float> {
+    using Selecting = Float32;  // of compressed keys, which are never int8
     static Tile<float> keys(const float *k, ptrdiff_t row, int, int, float *) { return {k, row, 1}; }
     struct Values : Nothing {
         Tile<float> tile;
@@ -49,6 +56,7 @@ template <class V> struct Float32 : FloatProducts<V, float> {
 
 // bfloat16 without a bf16 dot product: widened tile by tile.
 template <class V> struct Bf16Widened : FloatProducts<V, bf16> {
+    using Selecting = Bf16Widened;
     static void widen(const bf16 *x, ptrdiff_t row, int n, int dim, float *out) {
         for (int i = 0; i < n; ++i) {
             int d = 0;
@@ -71,9 +79,13 @@ template <class V> struct Bf16Widened : FloatProducts<V, bf16> {
 // bfloat16 by its dot product of pairs. Pairs of a key are neighbours already; values are paired with
 // those of the next key. Needs an even head size and rows that begin on 32 bits.
 template <class V> struct Bf16Pairs {
+    using Selecting = Bf16Pairs;
     using Lanes = V;
     using Source = bf16;
+    using Cached = bf16;
     using Dot = PairDot<V>;
+    static constexpr int BESIDE = 0;
+    static constexpr bool FEW_HEADS = true;
     static constexpr int EXP_DEGREE = 3;  // weights are rounded to bfloat16
     static int units(int n) { return (n + 1) / 2; }
     static Tile<uint32_t> keys(const bf16 *k, ptrdiff_t row, int, int, float *) {
@@ -144,7 +156,43 @@ template <class V> struct Bf16Pairs {
     }
     static __m512i high_half() { return _mm512_add_epi16(low_half(), _mm512_set1_epi16(16)); }
 };
+
+// int8 rows by way of bfloat16 ones: half of the memory traffic for some instructions.
+template <class V> struct Int8Pairs : Bf16Pairs<V> {
+    using Cached = int8_t;
+    static constexpr int BESIDE = 4;
+    static Tile<uint32_t> keys(const int8_t *k, ptrdiff_t row, int n, int dim, float *scratch) {
+        bf16 *wide = reinterpret_cast<bf16 *>(scratch);
+        widen_rows(k, row, n, dim, wide);
+        return Bf16Pairs<V>::keys(wide, dim, n, dim, scratch);
+    }
+    // Pairs take the first half of the scratch.
+    struct Values : Bf16Pairs<V>::Values {
+        Values(const int8_t *v, ptrdiff_t row, int n, int dim, float *scratch) : Bf16Pairs<V>::Values(widened(v, row, n, dim, scratch), dim, n, dim, scratch) {}
+        static const bf16 *widened(const int8_t *v, ptrdiff_t row, int n, int dim, float *scratch) {
+            bf16 *wide = reinterpret_cast<bf16 *>(scratch + TILE * dim / 2);
+            widen_rows(v, row, n, dim, wide);
+            return wide;
+        }
+    };
+};
 #endif
+
+// int8 rows by way of floats.
+template <class V, class S> struct Int8Floats : FloatProducts<V, S> {
+    using Selecting = std::conditional_t<std::is_same_v<S, float>, Float32<V>, Bf16Widened<V>>;
+    using Cached = int8_t;
+    static constexpr int BESIDE = 4;
+    static Tile<float> keys(const int8_t *k, ptrdiff_t row, int n, int dim, float *scratch) {
+        widen_rows(k, row, n, dim, scratch);
+        return {scratch, dim, 1};
+    }
+    struct Values : Nothing {
+        Tile<float> tile;
+        Values(const int8_t *v, ptrdiff_t row, int n, int dim, float *scratch) : tile{scratch, 1, dim} { widen_rows(v, row, n, dim, scratch); }
+        Tile<float> finish(int) const { return tile; }
+    };
+};
 
 // What a level computes with: its widest vector, a narrower one for few rows, and its way with bfloat16.
 #if defined(__AVX512F__)
@@ -159,9 +207,12 @@ using Narrow = Plain<8>;
 #endif
 #if defined(__AVX512BF16__)
 template <class V> using Bf16 = Bf16Pairs<V>;
+template <class V> using Bf16OfInt8 = Int8Pairs<V>;
 #else
 template <class V> using Bf16 = Bf16Widened<V>;
+template <class V> using Bf16OfInt8 = Int8Floats<V, bf16>;
 #endif
+template <class V> using Float32OfInt8 = Int8Floats<V, float>;
 
 // Columns a known distance apart cost no address arithmetic: the usual head sizes have their own copy. The rows of
 // the G lane groups lie `apart` floats from each other.

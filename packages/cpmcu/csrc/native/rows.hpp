@@ -3,7 +3,7 @@
 // arXiv 1805.02867; FlashAttention, 2205.14135). Rows are lanes: heads of a group, or tokens × heads.
 #pragma once
 #include "attend_args.h"
-#include "formats.hpp"
+#include "few_heads.hpp"
 
 namespace native {
 inline namespace NATIVE_LEVEL {
@@ -134,6 +134,7 @@ inline void update(const Rows &r, ptrdiff_t group, ptrdiff_t apart, int depth, i
 template <class Format> struct Unit {
     using V = typename Format::Lanes;
     using Source = typename Format::Source;
+    using Cached = typename Format::Cached;
     static constexpr int L = V::L;
     const native_attend_args *a;
     Rows r;
@@ -160,6 +161,11 @@ template <class Format> struct Unit {
     }
     // Absolute position of a row's token.
     int64_t position(int row) const { return a->shape.keys - a->shape.queries + first + row / a->shape.group; }
+
+    std::pair<const Cached *, const Cached *> cached_at(int64_t start) const {
+        return {static_cast<const Cached *>(a->k.data) + batch * a->k.batch + head * a->k.head + start * a->k.row,
+                static_cast<const Cached *>(a->v.data) + batch * a->v.batch + head * a->v.head + start * a->v.row};
+    }
 
     // How many of the keys [start, start + n) each lane of group g sees, into `visible`; lowers *least and raises *most
     // to those of its real rows. Tokens whose bit is not set in `visitors` see none.
@@ -191,11 +197,10 @@ template <class Format> struct Unit {
     // Keys [start, start + n); `next` begins the tile after it, -1 if there is none. Of the tokens only those whose
     // bits are set in `visitors` attend; all do if it is null.
     void visit(int64_t start, int n, int64_t next, const uint64_t *visitors = nullptr) {
-        const Source *k = static_cast<const Source *>(a->k.data) + batch * a->k.batch + head * a->k.head + start * a->k.row;
-        const Source *v = static_cast<const Source *>(a->v.data) + batch * a->v.batch + head * a->v.head + start * a->v.row;
+        const auto [k, v] = cached_at(start);
         const auto keys = Format::keys(k, a->k.row, n, dim, r.key_scratch);
         const typename Format::Values values(v, a->v.row, n, dim, r.value_scratch);
-        const bool ahead = next >= 0 && a->k.row == dim && a->v.row == dim;
+        const bool ahead = next >= 0 && a->k.row == dim + Format::BESIDE && a->v.row == dim + Format::BESIDE;
         const char *next_keys = reinterpret_cast<const char *>(ahead ? k + (next - start) * a->k.row : k);
         const char *next_values = reinterpret_cast<const char *>(ahead ? v + (next - start) * a->v.row : v);
         const int count = find_active(start, visitors);
@@ -235,12 +240,30 @@ template <class Format> struct Unit {
 
     // Share `split` of `splits` of the keys: the listed blocks, or all.
     void visit_all(const int32_t *blocks, int64_t width, int64_t split, int64_t splits) {
+#if defined(__AVX512BF16__)
+        if constexpr (Format::FEW_HEADS) {
+            const auto visit_few = [&](auto &few) {
+                for_tiles_of_keys(blocks, width, split, splits, [&](int64_t start, int n, int64_t next) {
+                    const auto [k, v] = cached_at(start);
+                    const ptrdiff_t ahead = next < 0 ? 0 : (next - start) * a->k.row;
+                    few.visit(tile_rows(k, a->k.row, n, dim, r.key_scratch), tile_rows(v, a->v.row, n, dim, r.value_scratch), n,
+                              reinterpret_cast<const char *>(k + ahead), reinterpret_cast<const char *>(v + ahead), a->k.row * sizeof(Cached));
+                });
+                few.put(r.out, r.top, r.sum, L);
+            };
+            if (tokens == 1 && a->k.row == a->v.row && with_few_heads(a->shape.group, dim, [&](int g) { return query(g); }, a->scale * LOG2E, visit_few)) return;
+        }
+#endif
+        for_tiles_of_keys(blocks, width, split, splits, [&](int64_t start, int n, int64_t next) { visit(start, n, next); });
+    }
+
+    // Calls f(first key, keys, first key of the tile after it or -1).
+    template <class F> void for_tiles_of_keys(const int32_t *blocks, int64_t width, int64_t split, int64_t splits, F f) const {
         const int64_t end = position(rows - 1) + 1;
         if (!blocks) {
             const int64_t tiles = (end + TILE - 1) / TILE;
-            for (int64_t i = split * tiles / splits; i < (split + 1) * tiles / splits; ++i) {
-                visit(i * TILE, int(end - i * TILE < TILE ? end - i * TILE : TILE), (i + 2) * TILE <= end ? (i + 1) * TILE : -1);
-            }
+            for (int64_t i = split * tiles / splits; i < (split + 1) * tiles / splits; ++i)
+                f(i * TILE, int(end - i * TILE < TILE ? end - i * TILE : TILE), (i + 2) * TILE <= end ? (i + 1) * TILE : -1);
             return;
         }
         int64_t count = 0;
@@ -249,7 +272,7 @@ template <class Format> struct Unit {
             int64_t start = int64_t(blocks[i]) * a->block_size, stop = start + a->block_size;
             const int64_t next = i + 1 < count && a->block_size == TILE ? int64_t(blocks[i + 1]) * TILE : -1;
             for (stop = stop < end ? stop : end; start < stop; start += TILE)
-                visit(start, int(stop - start < TILE ? stop - start : TILE), next);
+                f(start, int(stop - start < TILE ? stop - start : TILE), next);
         }
     }
 

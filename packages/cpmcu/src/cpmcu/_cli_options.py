@@ -33,6 +33,12 @@ Sparse = Annotated[
         "where a budget of 96 blocks of 64 keys, or the model's own, is exceeded."
     ),
 ]
+KV = Annotated[
+    str,
+    typer.Option(
+        "--kv", help="Keys and values in memory: int8 (half of bfloat16's), or auto: as --dtype."
+    ),
+]
 Backend = Annotated[
     str, typer.Option(help="cpu (C++), reference (PyTorch), or auto: the first that can run.")
 ]
@@ -116,6 +122,7 @@ def load(
     dtype: str,
     quant: str,
     sparse: str,
+    kv: str,
     backend: str,
     threads: int | None,
     max_context: int | None,
@@ -130,6 +137,7 @@ def load(
             dtype=dtype,
             quant=quant,
             sparse=sparse,
+            kv=kv,
             backend=backend,
             threads=threads,
             max_context=max_context,

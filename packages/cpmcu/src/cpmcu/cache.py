@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cpmcu import huge_pages
+from cpmcu.int8_rows import SCALE_BYTES
 from cpmcu.spec import ModelSpec
 
 _FIRST = 256  # positions
@@ -13,16 +15,18 @@ _FIRST = 256  # positions
 class KVCache:
     """Per layer one arena [2, kv_heads, capacity, head_dim]: keys, then values. With sparse
     attention two more hold the compressed keys of all complete kernels, `fine` and `coarse`
-    [kv_heads, kernels, head_dim]. What lies behind `length` tokens is not valid.
+    [kv_heads, kernels, head_dim]. What lies behind `length` tokens is not valid. With
+    `spec.int8_cache` the rows of keys and values are those of `int8_rows`.
 
-    The capacity doubles layer by layer up to `max_context`, so growing copies one layer at a
-    time and a short chat never holds the memory of a long one.
+    The capacity grows by a quarter, up to `max_context`, layer by layer: growing copies one layer
+    at a time, and a short chat never holds the memory of a long one.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, max_context: int) -> None:
         self._heads, self._head_dim, self._dtype = spec.kv_heads, spec.head_dim, dtype
         self.sparse, self.max_context = spec.sparse, max_context
-        self.layers = [self._arena(2, self._heads, 0) for _ in range(spec.layers)]
+        self._int8 = spec.int8_cache
+        self.layers = [self._rows(0) for _ in range(spec.layers)]
         count = spec.layers if spec.sparse else 0
         self.fine, self.coarse = (
             [self._arena(self._heads, 0) for _ in range(count)] for _ in range(2)
@@ -30,7 +34,13 @@ class KVCache:
         self.length = 0
 
     def _arena(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, self._head_dim, dtype=self._dtype)
+        return huge_pages.empty(*shape, self._head_dim, dtype=self._dtype)
+
+    def _rows(self, capacity: int) -> Tensor:
+        if not self._int8:
+            return self._arena(2, self._heads, capacity)
+        width = self._head_dim + SCALE_BYTES
+        return huge_pages.empty(2, self._heads, capacity, width, dtype=torch.int8)
 
     @property
     def nbytes(self) -> int:
@@ -47,9 +57,9 @@ class KVCache:
         capacity = self.layers[0].shape[2]
         if length <= capacity:
             return
-        capacity = min(self.max_context, max(_FIRST, length, 2 * capacity))
+        capacity = min(self.max_context, max(_FIRST, length, capacity * 5 // 4))
         for i, old in enumerate(self.layers):
-            self.layers[i] = self._arena(2, self._heads, capacity)
+            self.layers[i] = self._rows(capacity)
             self.layers[i][:, :, : self.length] = old[:, :, : self.length]
         if self.sparse is None:
             return
@@ -63,8 +73,14 @@ class KVCache:
 
 def cache_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
     """Bytes of keys, values and compressed keys of `tokens` tokens in all layers."""
-    rows = 2 * tokens + (sum(spec.sparse.kernels(tokens)) if spec.sparse else 0)
-    return rows * spec.layers * spec.kv_heads * spec.head_dim * dtype.itemsize
+    compressed = sum(spec.sparse.kernels(tokens)) if spec.sparse else 0
+    return _bytes(spec, dtype, tokens, compressed)
+
+
+def _bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int, compressed: int) -> int:
+    plain = spec.head_dim * dtype.itemsize
+    row = spec.head_dim + SCALE_BYTES if spec.int8_cache else plain
+    return spec.layers * spec.kv_heads * (2 * tokens * row + compressed * plain)
 
 
 def bytes_read(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> float:
@@ -72,5 +88,4 @@ def bytes_read(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> float:
     if spec.sparse is None or tokens < spec.sparse.least_keys:
         return cache_bytes(spec, dtype, tokens)
     visited = spec.sparse.budget * spec.sparse.block_size
-    rows = 2 * visited + sum(spec.sparse.kernels(tokens))
-    return rows * spec.layers * spec.kv_heads * spec.head_dim * dtype.itemsize
+    return _bytes(spec, dtype, visited, sum(spec.sparse.kernels(tokens)))

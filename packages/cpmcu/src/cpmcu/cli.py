@@ -1,4 +1,4 @@
-"""The `cpmcu` command: generate, chat, plan, bench, selfcheck; `commands` has the others."""
+"""The `cpmcu` command: generate, chat, bench, selfcheck; `commands` has the others."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from cpmcu import _cli, commands
 from cpmcu._cli_options import (
+    KV,
     Backend,
     ContextLimit,
     DType,
@@ -28,11 +29,8 @@ from cpmcu._cli_options import (
     TopK,
     TopP,
     load,
-    memory_limit_bytes,
-    parse_bytes,
     print_table,
     read_prompt,
-    size,
     working,
 )
 
@@ -43,6 +41,7 @@ app = typer.Typer(
     help="Run language models on this machine. MODEL is a folder with safetensors (a transformers "
     "model, one packed by bitcpm, or one that `quantize` made) or a .gguf file.",
 )
+app.command()(commands.plan)
 app.command()(commands.quantize)
 app.command()(commands.convert)
 
@@ -73,6 +72,7 @@ def generate(
     dtype: DType = "auto",
     quant: Quant = "auto",
     sparse: Sparse = "auto",
+    kv: KV = "auto",
     backend: Backend = "auto",
     threads: Threads = None,
     max_context: ContextLimit = None,
@@ -86,7 +86,7 @@ def generate(
     from cpmcu.results import Stream
 
     source = read_prompt(prompt, prompt_file, messages)
-    engine = load(model, dtype, quant, sparse, backend, threads, max_context, memory_limit)
+    engine = load(model, dtype, quant, sparse, kv, backend, threads, max_context, memory_limit)
     stream = engine.generate(
         **source,
         max_new_tokens=max_new_tokens,
@@ -126,6 +126,7 @@ def chat(
     dtype: DType = "auto",
     quant: Quant = "auto",
     sparse: Sparse = "auto",
+    kv: KV = "auto",
     backend: Backend = "auto",
     threads: Threads = None,
     max_context: ContextLimit = None,
@@ -140,7 +141,7 @@ def chat(
     """
     from cpmcu import chat as conversation
 
-    engine = load(model, dtype, quant, sparse, backend, threads, max_context, memory_limit)
+    engine = load(model, dtype, quant, sparse, kv, backend, threads, max_context, memory_limit)
     conversation.run(
         engine,
         system=system,
@@ -156,66 +157,6 @@ def chat(
 
 
 @app.command()
-def plan(
-    model: Model,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens to plan for; default: the model's limit.")
-    ] = None,
-    dtype: DType = "auto",
-    quant: Quant = "auto",
-    sparse: Sparse = "auto",
-    memory_limit: Limit = None,
-    bandwidth: Annotated[
-        str | None,
-        typer.Option(help="Memory bytes per second, as 35G; default: measured for half a second."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Print what MODEL needs before loading it: bytes, longest context, bound on decoding speed.
-
-    The bound is bandwidth / bytes read per token: no program can decode faster from memory.
-    """
-    from cpmcu import plan as planning
-
-    made = planning.make(
-        model,
-        dtype=dtype,
-        quant=quant,
-        sparse=sparse,
-        context=context,
-        memory_limit=memory_limit_bytes(memory_limit),
-        bandwidth=None if bandwidth is None else parse_bytes(bandwidth, "--bandwidth"),
-    )
-    if as_json:
-        print(json.dumps(made.to_dict()))
-        return
-    rows = [
-        (
-            "architecture",
-            f"{made.architecture}, {made.parameters / 1e6:.1f} M parameters, {made.kind}",
-        ),
-        ("files", size(made.file_bytes)),
-        (f"weights in {made.quant}", size(made.weight_bytes)),
-        (f"keys and values, {made.context} tokens", size(made.kv_bytes)),
-        ("  per token", size(made.kv_bytes_per_token)),
-        ("activations", size(made.activation_bytes)),
-        ("total", size(made.total_bytes)),
-        ("memory limit", size(made.memory_limit)),
-        ("largest context that fits", f"{made.largest_context} of {made.model_context} tokens"),
-        ("memory bandwidth", f"{made.bandwidth / 1e9:.1f} GB/s"),
-        ("decode bound at this context", f"{made.decode_bound:.1f} tokens/s"),
-    ]
-    print_table(made.model, ("", ""), rows)
-    if made.total_bytes > made.memory_limit:
-        fix = (
-            f"--context {made.largest_context}"
-            if made.largest_context
-            else "a smaller model or --quant int4"
-        )
-        print(f"does not fit: take {fix}")
-
-
-@app.command()
 def bench(
     model: Model,
     prompt_tokens: Annotated[
@@ -228,6 +169,7 @@ def bench(
     dtype: DType = "auto",
     quant: Quant = "auto",
     sparse: Sparse = "auto",
+    kv: KV = "auto",
     backend: Backend = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -242,7 +184,7 @@ def bench(
     except ValueError:
         message = f"--prompt-tokens must be integers and commas, got '{prompt_tokens}'"
         raise ValueError(message) from None
-    engine = load(model, dtype, quant, sparse, backend, threads, None, None)
+    engine = load(model, dtype, quant, sparse, kv, backend, threads, None, None)
     with working("timing") as progress:
         rows = timing.run(
             engine, lengths, new_tokens=new_tokens, repeats=repeats, progress=progress

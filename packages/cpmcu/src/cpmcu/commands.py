@@ -1,4 +1,4 @@
-"""The commands that write models: quantize and convert."""
+"""The commands that do not run a model: plan, quantize and convert."""
 
 from __future__ import annotations
 
@@ -9,11 +9,85 @@ from typing import Annotated
 
 import typer
 
-from cpmcu._cli_options import Json, Model, print_table, size, working
+from cpmcu._cli_options import (
+    KV,
+    DType,
+    Json,
+    Limit,
+    Model,
+    Quant,
+    Sparse,
+    memory_limit_bytes,
+    parse_bytes,
+    print_table,
+    size,
+    working,
+)
 
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Folder (or file) to write.", show_default=False)
 ]
+
+
+def plan(
+    model: Model,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens to plan for; default: the model's limit.")
+    ] = None,
+    dtype: DType = "auto",
+    quant: Quant = "auto",
+    sparse: Sparse = "auto",
+    kv: KV = "auto",
+    memory_limit: Limit = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(help="Memory bytes per second, as 35G; default: measured for half a second."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print what MODEL needs before loading it: bytes, longest context, bound on decoding speed.
+
+    The bound is bandwidth / bytes read per token: no program can decode faster from memory.
+    """
+    from cpmcu import plan as planning
+
+    made = planning.make(
+        model,
+        dtype=dtype,
+        quant=quant,
+        sparse=sparse,
+        kv=kv,
+        context=context,
+        memory_limit=memory_limit_bytes(memory_limit),
+        bandwidth=None if bandwidth is None else parse_bytes(bandwidth, "--bandwidth"),
+    )
+    if as_json:
+        print(json.dumps(made.to_dict()))
+        return
+    rows = [
+        (
+            "architecture",
+            f"{made.architecture}, {made.parameters / 1e6:.1f} M parameters, {made.kind}",
+        ),
+        ("files", size(made.file_bytes)),
+        (f"weights in {made.quant}", size(made.weight_bytes)),
+        (f"keys and values in {made.kv}, {made.context} tokens", size(made.kv_bytes)),
+        ("  per token", size(made.kv_bytes_per_token)),
+        ("activations", size(made.activation_bytes)),
+        ("total", size(made.total_bytes)),
+        ("memory limit", size(made.memory_limit)),
+        ("largest context that fits", f"{made.largest_context} of {made.model_context} tokens"),
+        ("memory bandwidth", f"{made.bandwidth / 1e9:.1f} GB/s"),
+        ("decode bound at this context", f"{made.decode_bound:.1f} tokens/s"),
+    ]
+    print_table(made.model, ("", ""), rows)
+    if made.total_bytes > made.memory_limit:
+        fix = (
+            f"--context {made.largest_context}"
+            if made.largest_context
+            else "a smaller model or --quant int4"
+        )
+        print(f"does not fit: take {fix}")
 
 
 def quantize(

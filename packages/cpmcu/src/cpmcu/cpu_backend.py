@@ -17,6 +17,7 @@ from cpmcu import cpu_ternary
 from cpmcu.cache import KVCache
 from cpmcu.cpu_ternary import TernaryWeights
 from cpmcu.cpu_weights import PackedLayer, PackedMatrix, PackedWeights
+from cpmcu.int8_rows import SCALE_BYTES
 from cpmcu.rope import RopeTable
 from cpmcu.sparse import COARSE_FACTOR
 from cpmcu.spec import ModelSpec
@@ -100,7 +101,7 @@ class Decoder:
         rotate = c.RotateArgs(
             self._at, self._qkv.data_ptr(), c.address(layer.q_norm), c.address(layer.k_norm),
             self._q.data_ptr(), None, None, spec.heads, spec.kv_heads, spec.head_dim, 0,
-            spec.rms_eps, c.DTYPES[self.dtype],
+            spec.rms_eps, c.DTYPES[self.dtype], spec.int8_cache, 0,
         )  # fmt: skip
         attend, compress = c.AttendArgs(self._at, *self._attention), self._compression()
         self._caches.append((rotate, attend, compress))
@@ -192,10 +193,11 @@ class Decoder:
         spec, sparse = self.spec, self.spec.sparse
         D, K, threads = spec.head_dim, spec.kv_heads, self.pool.threads
         shape = c.Shape(1, K, spec.heads // K, self.chunk, self._max_context, D,
-                        c.DTYPES[self.dtype], 0)  # fmt: skip
+                        c.DTYPES[self.dtype], spec.int8_cache)  # fmt: skip
         view = c.TensorView(None, 0, 0, D)
+        keys = c.TensorView(None, 0, 0, D + spec.int8_cache * SCALE_BYTES)
         attend = c.NativeAttend(
-            shape, c.TensorView(self._q.data_ptr()), view, view, None,
+            shape, c.TensorView(self._q.data_ptr()), keys, keys, None,
             sparse.budget if sparse else 0, self._out.data_ptr(), None, None, 0, None, 1, 1,
             sparse.block_size if sparse else 64, D**-0.5,
         )  # fmt: skip
@@ -220,11 +222,12 @@ class Decoder:
         if sparse is None:
             return None
         view = c.TensorView(None, 0, 0, spec.head_dim)
+        keys = c.TensorView(None, 0, 0, spec.head_dim + spec.int8_cache * SCALE_BYTES)
         return c.CompressArgs(
             self._at,
             c.NativeCompress(
-                view, view, view, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 0, sparse.kernel_size,
-                sparse.kernel_stride, COARSE_FACTOR, c.DTYPES[self.dtype],
+                keys, view, view, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 0, sparse.kernel_size,
+                sparse.kernel_stride, COARSE_FACTOR, c.DTYPES[self.dtype], spec.int8_cache, 0,
             ),
         )  # fmt: skip
 

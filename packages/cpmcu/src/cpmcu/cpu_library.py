@@ -37,7 +37,7 @@ TensorView = _structure("TensorView", [("data", c_void_p)], _fields(c_int64, "ba
 Shape = _structure(
     "Shape",
     _fields(c_int64, "batch kv_heads group queries keys dim"),
-    _fields(c_int32, "dtype unused"),
+    _fields(c_int32, "dtype int8"),
 )
 NativeAttend = _structure(
     "NativeAttend",
@@ -62,7 +62,7 @@ NativeCompress = _structure(
     "NativeCompress",
     _fields(TensorView, "keys fine coarse"),
     _fields(c_int64, "batch kv_heads dim fine_begin fine_end coarse_begin coarse_end"),
-    _fields(c_int32, "kernel_size kernel_stride coarse_factor dtype"),
+    _fields(c_int32, "kernel_size kernel_stride coarse_factor dtype int8 unused"),
 )
 Step = _structure(
     "Step",
@@ -112,7 +112,7 @@ RotateArgs = _structure(
     "RotateArgs",
     _fields(c_void_p, "step qkv q_norm k_norm q k v"),
     _fields(c_int64, "heads kv_heads dim room"),
-    [("eps", c_float), ("dtype", c_int32)],
+    [("eps", c_float), *_fields(c_int32, "dtype int8 unused")],
 )
 AttendArgs = _structure(
     "AttendArgs",

@@ -12,6 +12,7 @@ from cpmcu import cpu_library as c
 from cpmcu import cpu_ternary
 from cpmcu.codes import Codes
 from cpmcu.cpu_ternary import TernaryWeights
+from cpmcu.huge_pages import Arena
 from cpmcu.rounding import GROUP
 from cpmcu.spec import ModelSpec
 from cpmcu.weights import Weights
@@ -39,13 +40,16 @@ class PackedMatrix:
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
-def pack(weight: Tensor | Codes, kind: int, pool: c.Pool) -> PackedMatrix:
+def pack(
+    weight: Tensor | Codes, kind: int, pool: c.Pool, arena: Arena | None = None
+) -> PackedMatrix:
     """Lay out weights; integers are quantised, 32 columns to a scale. Codes stay as they are.
 
     Args:
         weight: `[rows, cols]`, float32 or bfloat16, or codes.
         kind: FLOAT32, BFLOAT16, INT8 or INT4 of `cpu_library`; codes have their own.
         pool: threads that do it.
+        arena: where the matrix goes; None: memory of its own.
 
     Raises:
         ValueError: the columns do not fill the layout's units.
@@ -66,8 +70,10 @@ def pack(weight: Tensor | Codes, kind: int, pool: c.Pool) -> PackedMatrix:
     integers = kind in (c.INT8, c.INT4)
     panels = -(-rows // 16)
     matrix = c.Matrix(None, None, rows, cols, kind, group if integers else 0)
-    data = torch.empty(c.loaded().size("matrix_bytes", matrix), dtype=torch.uint8)
-    scales = torch.empty(panels * cols // group * 16, dtype=torch.int16) if integers else None
+    arena, scales = arena or Arena(2 << 20), None
+    data = arena.empty(c.loaded().size("matrix_bytes", matrix))
+    if integers:
+        scales = arena.empty(2 * panels * cols // group * 16).view(torch.int16)
     matrix.data, matrix.scales = data.data_ptr(), c.address(scales)
     args = c.LayOutArgs(
         source.data_ptr(), cols, matrix, c.address(given), c.DTYPES[source.dtype], 0
@@ -122,21 +128,21 @@ def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> P
     """
     outer = c.INT8 if quant in ("int4", "ternary") else KINDS[quant]
 
-    ternary = 0
+    ternary, arena = 0, Arena()
 
     def inner(x: Tensor) -> PackedMatrix | TernaryWeights:
         nonlocal ternary
         if quant != "ternary":
-            return pack(x, KINDS[quant], pool)
+            return pack(x, KINDS[quant], pool, arena)
         found = cpu_ternary.pack(x)
         ternary += found is not None
-        return found or pack(x, c.INT8, pool)
+        return found or pack(x, c.INT8, pool, arena)
 
     def floats(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.float().contiguous()
 
-    embedding = pack(weights.embedding, outer, pool)
-    head = embedding if spec.tie else pack(weights.head, outer, pool)
+    embedding = pack(weights.embedding, outer, pool, arena)
+    head = embedding if spec.tie else pack(weights.head, outer, pool, arena)
     norm = floats(weights.norm)
     weights.embedding = weights.head = torch.empty(0)
     layers = []

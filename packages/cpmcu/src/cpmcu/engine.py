@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 
 import torch
 
 from cpmcu import backends, plan, tokenizer
-from cpmcu import sparse as sparse_attention
 from cpmcu import threads as thread_count
 from cpmcu.loader import Progress, Source
 from cpmcu.session import Loaded, Session
@@ -36,11 +34,12 @@ class Engine(Session):
         *,
         quant: str = "auto",
         sparse: str | SparseAttention = "auto",
+        kv: str = "auto",
         backend: str = "auto",
         max_context: int | None = None,
         threads: int | None = None,
     ) -> None:
-        spec = dataclasses.replace(spec, sparse=sparse_attention.resolve(sparse, spec.sparse))
+        spec = plan.resolve_spec(spec, sparse, kv)
         dtype, threads = weights.embedding.dtype, thread_count.resolve(threads)
         backend, max_context = (
             backends.choose(backend, quant, spec, dtype),
@@ -62,6 +61,7 @@ class Engine(Session):
         dtype: str | torch.dtype = "auto",
         quant: str = "auto",
         sparse: str | SparseAttention = "auto",
+        kv: str = "auto",
         backend: str = "auto",
         threads: int | None = None,
         max_context: int | None = None,
@@ -81,6 +81,8 @@ class Engine(Session):
             sparse: "auto" attends as the model's config.json says (InfLLM v2 where it has a
                 `sparse_config`), "on" as MiniCPM4 does where it says nothing, "off" to all keys;
                 or the sizes, `SparseAttention(...)`.
+            kv: keys and values in memory: "auto" has `dtype`, "int8" one scale for a head of a
+                token.
             backend: "cpu" (C++), "reference" (PyTorch), or "auto": the first that can run.
             threads: for every call of this engine; None leaves PyTorch's number alone. More than
                 there are cores is lowered to that, with a warning.
@@ -95,8 +97,7 @@ class Engine(Session):
                 the model does not fit in `memory_limit`.
         """
         source = Source(path)
-        found = sparse_attention.resolve(sparse, source.spec.sparse)
-        spec, compute = dataclasses.replace(source.spec, sparse=found), plan.resolve_dtype(dtype)
+        spec, compute = plan.resolve_spec(source.spec, sparse, kv), plan.resolve_dtype(dtype)
         stored = backends.stored_quant(source, backend, spec, compute)
         quant = plan.resolve_quant(quant, compute, stored)
         if memory_limit is not None:
@@ -106,11 +107,11 @@ class Engine(Session):
         words = tokenizer.load(source)
         keep = stored is not None and quant == source.quant
         weights = load(source, compute, codes=keep, progress=progress)
-        engine = cls(spec, weights, words, quant=quant, sparse=found or "off", backend=backend,
-                     max_context=max_context, threads=threads)  # fmt: skip
+        engine = cls(spec, weights, words, quant=quant, sparse=spec.sparse or "off", kv=kv,
+                     backend=backend, max_context=max_context, threads=threads)  # fmt: skip
         log.info("%s: backend %s, %s weights, %s, %s attention, %d tokens of context", path,
                  engine.backend, engine.quant, compute,
-                 "sparse" if found else "dense", max_context)  # fmt: skip
+                 "sparse" if spec.sparse else "dense", max_context)  # fmt: skip
         return engine
 
     def session(self) -> Session:

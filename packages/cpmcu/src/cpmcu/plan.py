@@ -34,6 +34,7 @@ class Plan:
     architecture: str
     dtype: str
     quant: str
+    kv: str
     parameters: int
     file_bytes: int
     context: int
@@ -51,6 +52,18 @@ class Plan:
     def to_dict(self) -> dict[str, object]:
         """The plan as JSON values."""
         return asdict(self)
+
+
+def resolve_spec(spec: ModelSpec, sparse: str | SparseAttention, kv: str) -> ModelSpec:
+    """The spec with what an engine chooses: sparse attention, and how keys and values are held.
+
+    Raises:
+        ValueError: unknown.
+    """
+    if kv not in ("auto", "int8"):
+        raise ValueError(f"kv must be 'auto' or 'int8', got {kv!r}")
+    found = sparse_attention.resolve(sparse, spec.sparse)
+    return dataclasses.replace(spec, sparse=found, int8_cache=kv == "int8")
 
 
 def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -181,6 +194,7 @@ def make(
     dtype: str | torch.dtype = "auto",
     quant: str = "auto",
     sparse: str | SparseAttention = "auto",
+    kv: str = "auto",
     context: int | None = None,
     memory_limit: int | None = None,
     bandwidth: float | None = None,
@@ -190,7 +204,7 @@ def make(
     Args:
         path: model folder or .gguf file; only headers are read.
         dtype: "auto", "float32" or "bfloat16".
-        quant: weights in memory, as in `Engine.from_pretrained`; so is `sparse`.
+        quant: weights in memory, as in `Engine.from_pretrained`; so are `sparse` and `kv`.
         context: tokens to plan for; None takes the model's limit.
         memory_limit: bytes; None takes what is now available.
         bandwidth: bytes per second; None measures it for half a second.
@@ -199,8 +213,7 @@ def make(
         ValueError: `context` is outside 1 .. the model's limit, or another value is not positive.
     """
     source = Source(path)
-    spec, compute = source.spec, resolve_dtype(dtype)
-    spec = dataclasses.replace(spec, sparse=sparse_attention.resolve(sparse, spec.sparse))
+    spec, compute = resolve_spec(source.spec, sparse, kv), resolve_dtype(dtype)
     stored = "ternary" if source.kind == "ternary" else source.quant
     quant = resolve_quant(quant, compute, stored)
     context = spec.max_context if context is None else context
@@ -223,6 +236,7 @@ def make(
         architecture=spec.architecture,
         dtype=str(compute).removeprefix("torch."),
         quant=quant,
+        kv="int8" if spec.int8_cache else str(compute).removeprefix("torch."),
         parameters=spec.parameters,
         file_bytes=source.file_bytes,
         context=context,

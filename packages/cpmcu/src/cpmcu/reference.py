@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpmcu import int8_rows
 from cpmcu.cache import KVCache
 from cpmcu.rope import RopeTable
 from cpmcu.sparse import SparseAttention
@@ -103,10 +104,11 @@ class Decoder:
                 1,
             )
         qk_TND = torch.addcmul(qk_TND * cos, qk_TND.roll(D // 2, -1), sin)
-        arena[0, :, start:end] = qk_TND[:, H:].transpose(0, 1)
-        arena[1, :, start:end] = qkv[:, H + K :].transpose(0, 1)
+        new = torch.stack((qk_TND[:, H:], qkv[:, H + K :])).transpose(1, 2)
+        arena[:, :, start:end] = int8_rows.to_rows(new) if spec.int8_cache else new
         first = max(0, end - spec.window) if spec.window and t == 1 else 0
-        k_KSD, v_KSD = arena[0, :, first:end], arena[1, :, first:end]
+        seen = arena[:, :, first:end]
+        k_KSD, v_KSD = int8_rows.from_rows(seen, x.dtype) if spec.int8_cache else seen
         if spec.sparse is not None and start + 1 >= spec.sparse.least_keys:
             out = _sparse_attention(qk_TND[None, :, :H].transpose(1, 2), k_KSD, v_KSD, spec.sparse)
             return out[0].transpose(0, 1).reshape(t, H * D)

@@ -33,7 +33,8 @@ class ModelSpec:
     (arXiv:2404.06395, section 3): of the embeddings, of every sub-layer's output before it joins
     the residual stream, and of the final hidden state before the head. `window` is the number
     of latest positions a token may attend to, its own included (None: all). `sparse` is None where
-    attention is dense. `eos` may be empty.
+    attention is dense. `int8_cache`: keys and values are held in 8 bits, which is the engine's
+    choice and in no file. `eos` may be empty.
     """
 
     architecture: str
@@ -55,6 +56,7 @@ class ModelSpec:
     logit_scale: float = 1.0
     window: int | None = None
     sparse: SparseAttention | None = None
+    int8_cache: bool = False
     bos: int | None = None
     eos: tuple[int, ...] = ()
     source: str = field(default="", compare=False)

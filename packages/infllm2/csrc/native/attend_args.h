@@ -3,6 +3,7 @@
 //
 // Letters: B batch, H query heads, K key-value heads, G = H / K, T queries, S keys, D head size. Queries are the
 // last T of S positions. Strides are in elements; the last axis is always contiguous. dtype: 0 float32, 1 bfloat16.
+// Keys and values have the dtype, or, with `int8`, rows of D int8 codes and the float32 they are multiplied by.
 #pragma once
 #include <stdint.h>
 
@@ -13,7 +14,7 @@ typedef struct {
 
 typedef struct {
     int64_t batch, kv_heads, group, queries, keys, dim;
-    int32_t dtype, unused;
+    int32_t dtype, int8;
 } native_shape;
 
 // out [B, H, T, D] in dtype, lse float32 [B, H, T] or null. Blocks int32 [B, K, T, width], ascending, then -1; a null

@@ -78,7 +78,7 @@ _COMPRESS = [
     *_strided("fine"),
     *_strided("coarse"),
     *_fields(c_int64, "", "batch kv_heads dim fine_begin fine_end coarse_begin coarse_end"),
-    *_fields(c_int32, "", "kernel_size kernel_stride coarse_factor dtype"),
+    *_fields(c_int32, "", "kernel_size kernel_stride coarse_factor dtype int8 unused"),
 ]
 
 _APPEND = [
