@@ -175,6 +175,10 @@ class Anchored:
         )
         return 2 * shape.batch * shape.kv_heads * shape.head_dim * tokens
 
+    def messages_sent(self, plan: Plan, rank: int) -> int:
+        """One to each host that owns a later block."""
+        return sum(bool(_wanted(plan, rank, to)) for to in range(len(plan.blocks)) if to != rank)
+
 
 def _wanted(plan: Plan, source: int, to: int) -> list[int]:
     """Blocks of `source` that some block of `to` comes after."""

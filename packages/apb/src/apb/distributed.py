@@ -1,4 +1,4 @@
-"""Hosts that are processes of torch.distributed: gloo on CPUs, NCCL on GPUs, started by torchrun."""
+"""Hosts that are processes of torch.distributed: gloo on CPUs, NCCL on GPUs, under torchrun."""
 
 from __future__ import annotations
 

@@ -45,6 +45,10 @@ class Dense:
         """Nothing."""
         return 0
 
+    def messages_sent(self, plan: Plan, rank: int) -> int:
+        """None."""
+        return 0
+
 
 class Ring:
     """Keys and values go round the ring, H - 1 hops; each host attends to what passes by."""
@@ -102,6 +106,10 @@ class Ring:
         size = len(plan.blocks)
         tokens = sum(plan.local(r) for r in range(size)) - plan.local((rank + 1) % size)
         return 2 * shape.batch * shape.kv_heads * shape.head_dim * tokens if size > 1 else 0
+
+    def messages_sent(self, plan: Plan, rank: int) -> int:
+        """One a hop."""
+        return len(plan.blocks) - 1
 
 
 class Ulysses:
@@ -165,6 +173,10 @@ class Ulysses:
         a, b, _, _ = shares[rank]
         others = sum(plan.local(r) for r in range(len(plan.blocks)) if r != rank)
         return shape.batch * shape.head_dim * (own * there + (b - a) * others)
+
+    def messages_sent(self, plan: Plan, rank: int) -> int:
+        """Two all-to-alls, at most: a host without heads is sent no tokens and returns none."""
+        return 2 * (len(plan.blocks) - 1)
 
 
 def _shares(heads: int, kv_heads: int, hosts: int) -> list[tuple[int, int, int, int]]:

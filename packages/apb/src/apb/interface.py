@@ -78,7 +78,9 @@ def check_positions(model: PreTrainedModel, tokens: int) -> None:
         config, "original_max_position_embeddings", None
     )
     original = original or config.max_position_embeddings
-    if kind in ("dynamic", "longrope") and tokens > original:
+    # Published MiniCPM4 has one list of factors for short and for long texts.
+    one_list = kind == "longrope" and rope.get("short_factor") == rope.get("long_factor")
+    if kind in ("dynamic", "longrope") and not one_list and tokens > original:
         raise ValueError(
             f"{kind} rotary embeddings change beyond {original} positions, so hosts would rotate "
             f"by different angles for {tokens} tokens; use a model with fixed ones, or "

@@ -82,7 +82,7 @@ class Layer:
         host, plan: where, and who else.
         q [B, Hq, M, D], k and v [B, Hkv, M, D]: after RoPE, rows [anchor | blocks].
         scaling: of the logits.
-        context: what the compressor may want: see `apb.interface.LayerContext`; None outside models.
+        context: an `apb.interface.LayerContext` for the compressor; None outside models.
         pairs: pairs of query row and key computed so far, each in Hq heads and B batch rows.
     """
 
@@ -149,6 +149,10 @@ class Strategy(Protocol):
 
     def values_sent(self, plan: Plan, rank: int, shape: Shape) -> int:
         """Closed form of the numbers that a rank sends in one layer, all receivers together."""
+        ...
+
+    def messages_sent(self, plan: Plan, rank: int) -> int:
+        """Closed form of the messages that a rank sends in one layer."""
         ...
 
 
