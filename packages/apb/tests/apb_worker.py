@@ -1,7 +1,7 @@
 """One host of a gloo run: prefills and answers with every strategy, writes what it saw.
 
-Started by torch.distributed.run from test_distributed.py. Arguments: folder for results; "die" as
-a second one ends the last host in the middle of a prefill.
+Started by test_distributed.py. Arguments: folder for results; "die" as a second one ends the last
+host in the middle of a prefill, "restart" does so on the first attempt only.
 """
 
 from __future__ import annotations
@@ -77,6 +77,17 @@ def main() -> None:
         except ConnectionError as error:
             (folder / f"error{rank}.txt").write_text(str(error), "utf-8")
         os._exit(0)
+    if sys.argv[2:] == ["restart"]:
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        strategy = apb.make_strategy("ring")
+        if attempt == "0":
+            strategy = Dying(strategy, group.size - 1)
+        document, query = inputs()
+        apb.prefill(testbed.tiny("llama"), document, strategy=strategy, hosts=group).logits(query)
+        (folder / f"attempt{rank}.txt").write_text(attempt, "utf-8")
+        dist.barrier()
+        dist.destroy_process_group()
+        return
     found = {strategy: run(group, strategy) for strategy in STRATEGIES}
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
