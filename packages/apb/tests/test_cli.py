@@ -43,7 +43,8 @@ def test_explain_at_64_hosts_and_a_million_tokens() -> None:
     by_name = {r["strategy"]: r for r in rows}
     assert by_name["zigzag"]["balance"] > 0.999 > 0.9 > by_name["ring"]["balance"]
     assert by_name["spava"]["balance"] > by_name["apb"]["balance"]
-    assert by_name["apb"]["flops"] < by_name["star"]["flops"] < by_name["ring"]["flops"]
+    # With l_p = l_b / 8 the last of 64 hosts sees eight blocks' worth of passed keys: README.
+    assert by_name["star"]["flops"] < by_name["apb"]["flops"] < by_name["ring"]["flops"]
     assert all(r["overlapped_seconds"] <= r["serial_seconds"] for r in rows)
 
 
