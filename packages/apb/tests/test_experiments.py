@@ -30,5 +30,6 @@ def test_every_arm_is_scored_against_full() -> None:
     assert found.keys() == quality.ARMS.keys()
     assert found["full"]["kl"] == 0 and found["full"]["nll"] < 1
     assert all(arm["kl"] > -1e-6 for arm in found.values())
-    assert found["nothing"]["rows"] < found["apb"]["rows"] < found["star"]["rows"]
-    assert found["nothing"]["kl"] > found["star"]["kl"]
+    for arm in ("apb", "star", "anchor only"):
+        assert found["nothing"]["rows"] < found[arm]["rows"]
+    assert found["nothing"]["kl"] > 1e-4
