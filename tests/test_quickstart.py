@@ -21,7 +21,10 @@ import bitcpm
 pytestmark = pytest.mark.slow
 
 MINICPM4 = Path(sys.executable).parent / "minicpm4"
-STAGES = ["clean", "verify", "pretrain", "ternary", "sparse", "generate", "density", "report"]
+STAGES = [
+    *("clean", "verify", "pretrain", "ternary", "sparse", "prefill", "generate", "density"),
+    "report",
+]
 
 
 def minicpm4(*arguments: str | Path, cwd: Path, **options) -> subprocess.CompletedProcess[str]:
@@ -101,6 +104,18 @@ def test_sparse_compares_the_same_prompts(finished: Path) -> None:
         assert 0 < case["sparse"]["visited_share"] < case["dense"]["visited_share"] == 1
     timings = json.loads((finished / "sparse" / "timings.json").read_text())
     assert all(t["dense"] > 0 and t["sparse"] > 0 for t in timings["attention_seconds"])
+
+
+def test_prefill_sets_strategies_side_by_side(finished: Path) -> None:
+    dense, zigzag, approximate = metrics(finished, "prefill")["cases"]
+    assert [c["strategy"] for c in (dense, zigzag, approximate)] == ["dense", "zigzag", "apb"]
+    assert dense["bytes_sent"] == dense["kl"] == 0
+    assert zigzag["kl"] < 1e-4 < approximate["kl"]
+    assert abs(zigzag["nll"] - dense["nll"]) < 1e-3
+    assert 0 < approximate["bytes_sent"] < zigzag["bytes_sent"]
+    assert approximate["slowest_pairs"] < dense["slowest_pairs"]
+    timings = json.loads((finished / "prefill" / "timings.json").read_text())
+    assert all(t["critical_path"] > 0 for t in timings["seconds"])
 
 
 def test_generate_writes_text_and_times_it(finished: Path) -> None:

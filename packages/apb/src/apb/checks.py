@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
@@ -41,4 +44,15 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, same_tokens: bool, where: str 
         raise ValueError(
             f"{where}q, k and v must share dtype and device, got {q.dtype} on {q.device}, "
             f"{k.dtype} on {k.device}, {v.dtype} on {v.device}; cast or move them"
+        )
+
+
+def check_ids(name: str, ids: Any, *, least: int) -> None:
+    """ValueError unless ids are int64 [B, at least `least`]."""
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype != torch.long:
+        got = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids)
+        raise ValueError(f"{name} must be int64 token ids [batch, tokens], got {got}")
+    if not ids.shape[0] or ids.shape[1] < least:
+        raise ValueError(
+            f"{name} must hold at least {least} token(s) in each row, got {tuple(ids.shape)}"
         )

@@ -7,15 +7,23 @@ compressors here need no training.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from apb.plan import Layer
+
 
 class Compressor(Protocol):
-    """What `apb_prefill` asks of a compressor; any callable of this signature will do."""
+    """What a prefill asks of a compressor; any callable of this signature will do.
+
+    It may also have a class attribute `needs_query`, True where it cannot score without query
+    vectors, and a method `at_layer(layer, first, end) -> Compressor`, called in a model for rows
+    first .. end - 1 of each layer.
+    """
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, query: Tensor, host: int
@@ -58,6 +66,10 @@ class Random:
         generator = torch.Generator().manual_seed((self.seed << 20) + host)
         return torch.rand(k.shape[:-1], generator=generator).to(k.device)
 
+    def at_layer(self, layer: Layer, first: int, end: int) -> Random:
+        """Other numbers in every layer."""
+        return replace(self, seed=(self.seed * 1009 + layer.index) % 2**40)
+
 
 @dataclass(frozen=True, slots=True)
 class KeyNorm:
@@ -79,6 +91,8 @@ class QueryAttention:
     The mean is over the query's tokens and over the query heads that share the KV head.
     """
 
+    needs_query: ClassVar[bool] = True
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, query: Tensor, host: int) -> Tensor:
         """Return scores [B, Hkv, L]; ValueError without query tokens."""
         if query.shape[2] == 0:
@@ -89,3 +103,14 @@ class QueryAttention:
         # The mean of dot products is the dot product with the mean.
         mean_BHD = query.mean(2).unflatten(1, (k.shape[1], -1)).mean(2)
         return torch.einsum("bhd,bhld->bhl", mean_BHD, k) * k.shape[-1] ** -0.5
+
+
+def needs_query(compressor: Compressor) -> bool:
+    """Whether the compressor has to be given query vectors."""
+    return bool(getattr(compressor, "needs_query", False))
+
+
+def at_layer(compressor: Compressor, layer: Layer, first: int, end: int) -> Compressor:
+    """The compressor for rows first .. end - 1 of one layer on one host."""
+    make = getattr(compressor, "at_layer", None)
+    return compressor if make is None else make(layer, first, end)

@@ -104,7 +104,7 @@ def apb_prefill(
         block = [x[:, :, start:end] for x in (q_BHTD, k_BHTD, v_BHTD)]
         scores = compressor(*block, query=q_BHTD[:, :, :query_length], host=host) if later else None
         at_home = max(anchor_end - start, 0)
-        index = _select(scores, block[1], at_home, lengths.passing, config.pool_kernel)
+        index = select_passing(scores, block[1], at_home, lengths.passing, config.pool_kernel)
         # 4. Pass on, to later hosts only: no earlier row may see these keys.
         where = index.unsqueeze(-1).expand(-1, -1, -1, q.shape[3])
         passed_k.append(block[1].gather(2, where))
@@ -179,7 +179,7 @@ def distributed_decode(q: Tensor, kv_per_host: Sequence[tuple[Tensor, Tensor]]) 
     return merge_lse(outs, lses)[0].to(q.dtype)
 
 
-def _select(scores: Tensor | None, k: Tensor, at_home: int, count: int, pool: int) -> Tensor:
+def select_passing(scores: Tensor | None, k: Tensor, at_home: int, count: int, pool: int) -> Tensor:
     """Positions in the block [B, Hkv, P] of the best tokens of each KV head, ascending."""
     if scores is None:
         return torch.empty((*k.shape[:2], 0), dtype=torch.long, device=k.device)

@@ -102,6 +102,7 @@ STAGES = {
         "pretrain",
         "ternary",
         "sparse",
+        "prefill",
         "generate",
         "density",
         "report",

@@ -1,0 +1,150 @@
+"""What APB's parts are worth on a real model: answer NLL and KL to exact attention, by ablation.
+
+Follows the ablation of arXiv 2502.12085, Table 3 (query in the anchor, compressor, passing,
+anchor), on SmolLM2-135M and RULER-style needles. Every (task, tokens, hosts, sample, arm) is one
+line of the results file: a killed run goes on, and `--minutes` ends one in time.
+
+    python packages/apb/experiments/quality.py run --samples 64 --minutes 8
+    python packages/apb/experiments/quality.py table
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+# Options of apb.prefill; "query": whether the query is in the anchor.
+ARMS: dict[str, dict[str, Any]] = {
+    "full": {"strategy": "dense"},
+    "star": {"strategy": "star"},
+    "apb": {"strategy": "apb", "compressor": "query-attention", "query": True},
+    "apb, key norm": {"strategy": "apb", "compressor": "key-norm", "query": True},
+    "apb, random": {"strategy": "apb", "compressor": "random", "query": True},
+    "apb, no query": {"strategy": "apb", "compressor": "key-norm"},
+    "anchor only": {"strategy": "apb", "compressor": "none", "query": True},
+    "no anchor": {"strategy": "apb", "compressor": "key-norm", "anchor_length": 0},
+    "nothing": {"strategy": "apb", "compressor": "none", "anchor_length": 0},
+}
+
+
+def score(model: Any, tokenizer: Any, sample: Any, hosts: int) -> dict[str, dict[str, float]]:
+    """Every arm's NLL of the answer and KL from full, nats per token, and its slowest host."""
+    import torch
+
+    import apb
+    import testbed
+
+    text = testbed.ruler_prompt(sample, tokenizer)
+    cut = text.rindex(sample.prompt.rsplit("\n", 1)[1])
+    document, query, answer = (
+        tokenizer(part, return_tensors="pt", add_special_tokens=False).input_ids
+        for part in (text[:cut], text[cut:], " " + sample.answers[0])
+    )
+    tail = torch.cat([query, answer], 1)
+    found, full = {}, None
+    for arm, options in ARMS.items():
+        options = dict(options)
+        in_anchor = query if options.pop("query", False) else None
+        context = apb.prefill(
+            model, document, query=in_anchor, hosts=1 if arm == "full" else hosts, **options
+        )
+        rows = context.logits(tail)[:, -answer.shape[1] - 1 : -1].log_softmax(-1)
+        full = rows if full is None else full
+        found[arm] = {
+            "nll": -rows.gather(-1, answer.unsqueeze(-1)).mean().item(),
+            "kl": (full.exp() * (full - rows)).sum(-1).mean().item(),
+            "rows": max(context.report.rows.values()),
+            "pairs": max(context.report.pairs.values()),
+        }
+    return found
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Fill the results file, oldest gap first, until done or out of time."""
+    import torch
+    from rich.progress import Progress
+
+    import testbed
+
+    model, tokenizer = testbed.smollm2()
+    torch.set_num_threads(arguments.threads)
+    done = {(r["task"], r["tokens"], r["hosts"], r["sample"]) for r in read()}
+    cells = list(
+        itertools.product(range(arguments.samples), arguments.tokens, arguments.hosts,
+                          arguments.tasks)
+    )  # fmt: skip
+    todo = [c for c in cells if (c[3], c[1], c[2], c[0]) not in done]
+    end = time.monotonic() + 60 * arguments.minutes
+    RESULTS.parent.mkdir(exist_ok=True)
+    with Progress() as progress:
+        bar = progress.add_task("samples", total=len(cells), completed=len(cells) - len(todo))
+        for number, tokens, hosts, task in todo:
+            if time.monotonic() > end:
+                break
+            [sample] = testbed.ruler(task, tokens, 1, number, tokenizer)
+            row = {"task": task, "tokens": tokens, "hosts": hosts, "sample": number}
+            row["arms"] = score(model, tokenizer, sample, hosts)
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            progress.advance(bar)
+
+
+def read() -> list[dict[str, Any]]:
+    """Whole lines of the results file."""
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines() if line]
+
+
+def bootstrap(differences: list[float], draws: int = 10_000) -> float:
+    """One-sided p that the mean difference is not above 0, resampling pairs."""
+    generator = random.Random(0)
+    n = len(differences)
+    below = sum(sum(generator.choices(differences, k=n)) <= 0 for _ in range(draws))
+    return (below + 1) / (draws + 1)
+
+
+def table() -> None:
+    """Means of every cell, and paired tests of the order that the paper reports."""
+    rows = read()
+    cells = sorted({(r["task"], r["tokens"], r["hosts"]) for r in rows})
+    for cell in cells:
+        mine = [r["arms"] for r in rows if (r["task"], r["tokens"], r["hosts"]) == cell]
+        print(f"\n### {cell[0]}, {cell[1]} tokens, {cell[2]} hosts, {len(mine)} samples\n")
+        print("| arm | NLL | KL to full | slowest host's rows |\n|---|---|---|---|")
+        for arm in ARMS:
+            mean = {k: sum(m[arm][k] for m in mine) / len(mine) for k in ("nll", "kl", "rows")}
+            print(f"| {arm} | {mean['nll']:.3f} | {mean['kl']:.4f} | {mean['rows']:.0f} |")
+        for better, worse in (
+            ("full", "apb"), ("apb", "apb, random"), ("apb, random", "anchor only"),
+            ("apb", "anchor only"), ("apb", "star"), ("anchor only", "no anchor"),
+        ):  # fmt: skip
+            gaps = [m[worse]["nll"] - m[better]["nll"] for m in mine]
+            print(f"- {better} < {worse}: {sum(gaps) / len(gaps):+.4f}, p = {bootstrap(gaps):.4f}")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("--tasks", nargs="+", default=["niah_single_2", "niah_multikey_1"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
+    parser.add_argument("--hosts", nargs="+", type=int, default=[4])
+    parser.add_argument("--samples", type=int, default=64, help="of each task and length")
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop after so long")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        run(arguments)
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    main()

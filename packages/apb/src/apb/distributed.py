@@ -1,0 +1,97 @@
+"""Hosts that are processes of torch.distributed: gloo on CPUs, NCCL on GPUs, under torchrun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+class DistributedGroup:
+    """This process as one host of an initialised process group; see `apb.transport.Group`.
+
+    Args:
+        group: a process group of torch.distributed; None is the default one.
+
+    Raises:
+        ValueError: torch.distributed is not initialised.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise ValueError(
+                "torch.distributed is not initialised: start with torchrun and call "
+                "torch.distributed.init_process_group first, or use VirtualGroup"
+            )
+        self._group = group
+        self.size = dist.get_world_size(group)
+        self.ranks = (dist.get_rank(group),)
+
+    def run(self, program: Callable[[DistributedHost], Any]) -> dict[int, Any]:
+        """Run `program(host)` here; the other processes must do the same."""
+        rank = self.ranks[0]
+        return {rank: program(DistributedHost(self._group, rank, self.size))}
+
+
+class DistributedHost:
+    """One process; see `apb.transport.Host`."""
+
+    def __init__(self, group: dist.ProcessGroup | None, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.bytes_sent = 0
+        self.messages_sent = 0
+        self._group = group
+
+    def exchange(
+        self,
+        sends: Mapping[int, Tensor],
+        receives: Mapping[int, tuple[int, ...]],
+        like: Tensor,
+    ) -> _Exchange:
+        """Post all sends and receives, point to point; see `apb.transport.Host`."""
+        arrived = {rank: like.new_empty(shape) for rank, shape in receives.items()}
+        operations = []
+        for rank, tensor in sends.items():
+            if tensor.numel():
+                tensor = tensor.contiguous()
+                operations.append(self._operation(dist.isend, tensor, rank))
+                self.bytes_sent += tensor.numel() * tensor.element_size()
+                self.messages_sent += 1
+        for rank, tensor in arrived.items():
+            if tensor.numel():
+                operations.append(self._operation(dist.irecv, tensor, rank))
+        try:
+            works = dist.batch_isend_irecv(operations) if operations else []
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return _Exchange(self, works, arrived, operations)
+
+    def _operation(self, kind: Any, tensor: Tensor, rank: int) -> dist.P2POp:
+        peer = rank if self._group is None else dist.get_global_rank(self._group, rank)
+        return dist.P2POp(kind, tensor, peer, self._group)
+
+    def _lost(self, error: RuntimeError) -> ConnectionError:
+        return ConnectionError(
+            f"host {self.rank} of {self.size} lost the connection to another host: it ended, or "
+            "did not answer within the process group's timeout; start all hosts again "
+            f"({str(error).splitlines()[0]})"
+        )
+
+
+class _Exchange:
+    def __init__(
+        self, host: DistributedHost, works: list, arrived: dict[int, Tensor], operations: list
+    ) -> None:
+        # The operations hold the tensors that are being sent.
+        self._host, self._works, self._arrived, self._held = host, works, arrived, operations
+
+    def wait(self) -> dict[int, Tensor]:
+        try:
+            for work in self._works:
+                work.wait()
+        except RuntimeError as error:
+            raise self._host._lost(error) from error
+        return self._arrived

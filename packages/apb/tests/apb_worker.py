@@ -1,0 +1,98 @@
+"""One host of a gloo run: prefills and answers with every strategy, writes what it saw.
+
+Started by test_distributed.py. Arguments: folder for results; "die" as a second one ends the last
+host in the middle of a prefill, "restart" does so on the first attempt only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import apb
+import testbed
+
+STRATEGIES = ("dense", "ring", "zigzag", "ulysses", "star", "apb", "spava")
+OPTIONS = {"apb": {"sink": 2}}
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Document and query."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 256, (2, 60), generator=generator)
+    return ids[:, :53], ids[:, 53:]
+
+
+def run(group: apb.Group | int, strategy: str) -> dict:
+    """What virtual and real hosts must agree on."""
+    model = testbed.tiny("llama-gqa3")
+    document, query = inputs()
+    in_anchor = query if strategy in ("apb", "spava") else None
+    context = apb.prefill(
+        model, document, strategy=strategy, hosts=group, query=in_anchor,
+        **OPTIONS.get(strategy, {}),
+    )  # fmt: skip
+    return {
+        "logits": context.logits(query),
+        "greedy": context.generate(query, max_new_tokens=4),
+        "sampled": context.generate(query, max_new_tokens=4, temperature=1.0, top_p=0.9, seed=3),
+        "bytes": context.report.bytes_sent,
+    }
+
+
+class Dying:
+    """A strategy whose host ends without a word in the second layer."""
+
+    name, exact, calls = "dying", False, 0
+
+    def __init__(self, inner: object, rank: int) -> None:
+        self.inner, self.rank = inner, rank
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    def attend(self, layer):
+        """Die, or do what the inner one does."""
+        if layer.index == 1 and layer.host.rank == self.rank:
+            os._exit(17)
+        return self.inner.attend(layer)
+
+
+def main() -> None:
+    """One host."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    group = apb.DistributedGroup()
+    folder, rank = Path(sys.argv[1]), group.ranks[0]
+    if sys.argv[2:] == ["die"]:
+        document, _ = inputs()
+        strategy = Dying(apb.make_strategy("ring"), group.size - 1)
+        try:
+            apb.prefill(testbed.tiny("llama"), document, strategy=strategy, hosts=group)
+        except ConnectionError as error:
+            (folder / f"error{rank}.txt").write_text(str(error), "utf-8")
+        os._exit(0)
+    if sys.argv[2:] == ["restart"]:
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        strategy = apb.make_strategy("ring")
+        if attempt == "0":
+            strategy = Dying(strategy, group.size - 1)
+        document, query = inputs()
+        apb.prefill(testbed.tiny("llama"), document, strategy=strategy, hosts=group).logits(query)
+        (folder / f"attempt{rank}.txt").write_text(attempt, "utf-8")
+        dist.barrier()
+        dist.destroy_process_group()
+        return
+    found = {strategy: run(group, strategy) for strategy in STRATEGIES}
+    torch.save(found, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
