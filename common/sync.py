@@ -20,7 +20,7 @@ ATTENTION = ["infllm2", "cpmcu"]  # those of them that attend
 COPIES = {
     "_files.py": ["testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu", "locret", "densing"],
     "_cli.py": [
-        *("testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu", "infllm2", "densing"),
+        *("testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu", "infllm2", "densing", "locret"),
     ],
     "_native.py": NATIVE,
     "native/Native.cmake": [*NATIVE, "ultraclean"],
