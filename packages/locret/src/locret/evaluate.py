@@ -107,9 +107,9 @@ def answer_nll(
         if len(context):
             cache = prefill(model, eye, context[None].to(model.device), config)
         with locret(model, eye, config):
-            logits = model(
-                input_ids=fed, past_key_values=cache, logits_to_keep=len(answer)
-            ).logits[0]
+            logits = model(input_ids=fed, past_key_values=cache, logits_to_keep=len(answer)).logits[
+                0
+            ]
     return cross_entropy(logits.float(), answer.to(logits.device)).item()
 
 

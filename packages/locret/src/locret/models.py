@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# One of these files makes a folder's tokenizer.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def load_config(model: Path) -> Any:
@@ -27,9 +29,7 @@ def load_config(model: Path) -> Any:
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        raise ImportError(
-            "models need transformers: pip install 'minicpm4-locret[hf]'"
-        ) from error
+        raise ImportError("models need transformers: pip install 'minicpm4-locret[hf]'") from error
     try:
         return AutoConfig.from_pretrained(model, local_files_only=True)
     except OSError as error:
@@ -51,8 +51,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    if not any((Path(model) / n).is_file() for n in ("tokenizer.json", "tokenizer.model",
-                                                     "tokenizer_config.json", "vocab.json")):  # fmt: skip
+    if not any((Path(model) / name).is_file() for name in _TOKENIZERS):
         raise FileNotFoundError(f"{model} holds no tokenizer: tokenizer.json is missing")
     logging.disable_progress_bar()
     decoder = AutoModelForCausalLM.from_pretrained(

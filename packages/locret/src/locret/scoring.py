@@ -23,7 +23,7 @@ class Step:
     Attributes:
         call: see `Call`; its k and v are all `[B, J, n, D]` held.
         layer: the layer's store; `positions` and `valid` already hold the new entries.
-        mask: bool `[B or 1, 1, T, n]`, True where a query looked, or None: plain causal.
+        mask: bool `[B, 1, T, n]`, True where a query looked, or None: no padding, plain causal.
         rotation: int positions `[N, T]` to (cos, sin) `[N, T, D]`.
     """
 
