@@ -21,7 +21,9 @@ import bitcpm
 pytestmark = pytest.mark.slow
 
 MINICPM4 = Path(sys.executable).parent / "minicpm4"
-STAGES = ["clean", "verify", "pretrain", "ternary", "sparse", "generate", "density", "report"]
+STAGES = [
+    *("clean", "verify", "pretrain", "ternary", "sparse", "heads", "generate", "density", "report")
+]
 
 
 def minicpm4(*arguments: str | Path, cwd: Path, **options) -> subprocess.CompletedProcess[str]:
@@ -101,6 +103,16 @@ def test_sparse_compares_the_same_prompts(finished: Path) -> None:
         assert 0 < case["sparse"]["visited_share"] < case["dense"]["visited_share"] == 1
     timings = json.loads((finished / "sparse" / "timings.json").read_text())
     assert all(t["dense"] > 0 and t["sparse"] > 0 for t in timings["attention_seconds"])
+
+
+def test_heads_bound_the_memory_and_are_judged_beside_others(finished: Path) -> None:
+    result = metrics(finished, "heads")
+    for row in result["curve"]:
+        assert row["bounded"] <= min(row["bound"], row["full"])
+    assert result["curve"][-1]["full"] > 2 * result["curve"][-1]["bounded"]
+    assert set(result["overlap"]) | {"full"} == set(result["losses"])
+    assert all(0 < value[0] < 20 for value in result["losses"].values())
+    assert (finished / "heads" / "heads" / "heads.safetensors").exists()
 
 
 def test_generate_writes_text_and_times_it(finished: Path) -> None:

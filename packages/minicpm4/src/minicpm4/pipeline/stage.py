@@ -102,6 +102,7 @@ STAGES = {
         "pretrain",
         "ternary",
         "sparse",
+        "heads",
         "generate",
         "density",
         "report",

@@ -12,7 +12,7 @@ from pydantic import Field
 from minicpm4._files import write_text
 from minicpm4.pipeline.manifest import read_manifest, versions
 from minicpm4.pipeline.stage import Estimate, Stage, StageConfig, Workspace
-from minicpm4.reporting import clean, density, inference, training, verify
+from minicpm4.reporting import clean, density, heads, inference, training, verify
 from minicpm4.reporting.blocks import Section
 from minicpm4.reporting.page import machine, render
 
@@ -68,6 +68,10 @@ def _sparse(name: str, read: Mapping[str, Any]) -> Section:
     return inference.sparse(name, read["sparse"], read["sparse_timings"], read["sparse_visited"])
 
 
+def _heads(name: str, read: Mapping[str, Any]) -> Section:
+    return heads.section(name, read["heads"])
+
+
 def _generate(name: str, read: Mapping[str, Any]) -> Section:
     return inference.generate(name, read["generate"], read["generate_timings"])
 
@@ -82,6 +86,7 @@ _SECTIONS = {
     "pretrain": _pretrain,
     "ternary": _ternary,
     "sparse": _sparse,
+    "heads": _heads,
     "generate": _generate,
     "density": _density,
 }
