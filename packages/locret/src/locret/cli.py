@@ -24,6 +24,7 @@ from locret._cli_options import (
     Scorer,
     Sinks,
     Stabilisers,
+    Storage,
     chosen,
     progress_bar,
     sized,
@@ -55,6 +56,9 @@ def train(
     input: Annotated[str, typer.Option(help='What heads read: "hidden" or "qkv".')] = "hidden",
     epochs: Annotated[int, typer.Option(help="Passes over the labels.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    loss: Annotated[
+        str, typer.Option(help='"top" asks for the order of the best, "paper" is Eq. 5.')
+    ] = "top",
     seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
     dtype: Dtype = "bfloat16",
     keep: Annotated[
@@ -73,7 +77,7 @@ def train(
     from locret.models import load_config, load_model
     from locret.training import TrainConfig, train
 
-    config = TrainConfig(hidden=hidden, input=input, epochs=epochs, lr=lr, seed=seed)
+    config = TrainConfig(hidden=hidden, input=input, epochs=epochs, lr=lr, loss=loss, seed=seed)
     load_config(model)
     found = [text for path in data for text in read_texts(path)]
     decoder, tokenizer = load_model(model, dtype)
@@ -158,6 +162,7 @@ def generate(
     sinks: Sinks = 4,
     local: Local = 100,
     positions: Positions = "contiguous",
+    storage: Storage = "model",
     dtype: Dtype = "float32",
 ) -> None:
     """Continue a long text, or answer questions about it, within budget + chunk entries a head.
@@ -170,7 +175,7 @@ def generate(
     from locret.models import load_model, read_prompt
 
     eye = chosen(heads, scorer)
-    config = sized(budget, chunk, stabilisers, sinks, local, positions)
+    config = sized(budget, chunk, stabilisers, sinks, local, positions, storage)
     decoder, tokenizer = load_model(model, dtype)
     ids = read_prompt(prompt_file, tokenizer, None).to(decoder.device)
     options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False}

@@ -90,7 +90,7 @@ def window_attention(layer: LayerStore, softmax: bool) -> Tensor | None:
     if "queries" not in layer.state:
         return None
     q, at, real = layer.state["queries"]
-    keys, held = layer.keys[:, :, : layer.held], layer.held
+    keys, held = layer.all("key"), layer.held
     q = q.unflatten(1, (keys.shape[1], -1))
     logits = torch.einsum("bjgtd,bjnd->bjgtn", q, keys).float() * layer.state["scaling"]
     later = layer.positions[:, :, None, :held] > at[:, None, :, None]
