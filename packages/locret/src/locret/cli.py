@@ -55,7 +55,7 @@ def train(
     hidden: Annotated[int, typer.Option(help="Width of a head; 0: ridge alone, minutes.")] = 256,
     input: Annotated[str, typer.Option(help='What heads read: "hidden" or "qkv".')] = "hidden",
     epochs: Annotated[int, typer.Option(help="Passes over the labels.")] = 8,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     loss: Annotated[
         str, typer.Option(help='"top" asks for the order of the best, "paper" is Eq. 5.')
     ] = "top",

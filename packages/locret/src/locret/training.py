@@ -37,7 +37,7 @@ class TrainConfig:
         hidden: d_R; 0 stops at the ridge.
         input: "hidden" or "qkv".
         epochs: passes of the MLP over the labels.
-        lr: AdamW's peak learning rate (paper: 5e-4), warmed up over a twentieth of the steps, then
+        lr: AdamW's peak learning rate (paper: 5e-4, for far more steps), warmed up over a twentieth of the steps, then
             falling to zero.
         loss: "paper" (Eq. 5), or "top", which asks for the order of the best; see `top_loss`.
         smoothing: weight of the neighbour term.
@@ -49,7 +49,7 @@ class TrainConfig:
     hidden: int = 256
     input: str = "hidden"
     epochs: int = 8
-    lr: float = 1e-3
+    lr: float = 3e-3
     loss: str = "top"
     smoothing: float = SMOOTHING
     ridge: float = 1e-3
