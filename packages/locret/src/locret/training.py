@@ -37,8 +37,8 @@ class TrainConfig:
         hidden: d_R; 0 stops at the ridge.
         input: "hidden" or "qkv".
         epochs: passes of the MLP over the labels.
-        lr: AdamW's peak learning rate (paper: 5e-4, for far more steps), warmed up over a twentieth of the steps, then
-            falling to zero.
+        lr: AdamW's peak learning rate (paper: 5e-4, for far more steps), warmed up over a
+            twentieth of the steps, then falling to zero.
         loss: "paper" (Eq. 5), or "top", which asks for the order of the best; see `top_loss`.
         smoothing: weight of the neighbour term.
         ridge: strength of the ridge penalty.
