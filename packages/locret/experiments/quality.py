@@ -3,6 +3,8 @@
 `hidden`: the context is compressed before the question is read. `known`: the question is the last
 of what is compressed, so scorers that look at the last queries see it. All scorers keep the same
 number of entries, read in the same chunks, with the same protected first and newest entries.
+`heads-q` is Locret-Q without its training: the question also stands before the context, so that
+the activations that the heads read know it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from locret.evaluate import answer_nll, sizes
 TASKS = ("niah_multikey_1", "niah_single_2", "vt", "niah_multivalue")
 BUDGETS = (0.25, 0.125)
 HIDDEN = ("heads", "streaming", "keynorm", "keydiff", "random", "expected", "snapkv")
-KNOWN = ("heads", "snapkv", "expected", "streaming")
+KNOWN = ("heads", "heads-q", "snapkv", "expected", "streaming")
 TOKENS, CHUNK, BLOCK = 1024, 256, 4
 
 app = typer.Typer(add_completion=False)
@@ -63,12 +65,13 @@ def plan(tasks: list[str], samples: int, heads: Any) -> Iterator[tuple[str, Call
         if (task, start) not in loaded:
             every = testbed.ruler(task, TOKENS, start + BLOCK, 0, tokenizer)[start:]
             loaded[task, start] = [parts(sample, tokenizer) for sample in every]
-        eye = {"full": None, "heads": heads}.get(name, name)
+        eye = {"full": None, "heads": heads, "heads-q": heads}.get(name, name)
         found = []
         for context, question, gold in loaded[task, start]:
             config = sizes(round(budget * len(context)), CHUNK)
             if mode == "known":
-                context, question = torch.cat([context, question]), question[:0]
+                first = question if name == "heads-q" else question[:0]
+                context, question = torch.cat([first, context, question]), question[:0]
             nll = answer_nll(model, eye, context, question, gold, config)
             found.append(round(nll, 4))
         return found
@@ -114,7 +117,7 @@ def show(found: dict[str, dict[str, list[float]]]) -> str:
                   "| scorer | " + " | ".join(f"{m} {b:.1%}" for m in ("hidden", "known")
                                               for b in BUDGETS) + " |",
                   "|---" * (1 + 2 * len(BUDGETS)) + "|"]  # fmt: skip
-        for name in HIDDEN:
+        for name in (*HIDDEN, "heads-q"):
             row = [name]
             for mode in ("hidden", "known"):
                 for budget in BUDGETS:
