@@ -70,7 +70,9 @@ def plan(tasks: list[str], samples: int, heads: Any) -> Iterator[tuple[str, Call
         for context, question, gold in loaded[task, start]:
             config = sizes(round(budget * len(context)), CHUNK)
             if mode == "known":
-                first = question if name == "heads-q" else question[:0]
+                end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+                asked = question[: int((question == end).nonzero()[0])]  # without the template
+                first = asked if name == "heads-q" else question[:0]
                 context, question = torch.cat([first, context, question]), question[:0]
             nll = answer_nll(model, eye, context, question, gold, config)
             found.append(round(nll, 4))
