@@ -4,7 +4,7 @@
 of what is compressed, so scorers that look at the last queries see it. All scorers keep the same
 number of entries, read in the same chunks, with the same protected first and newest entries.
 `heads-q` is Locret-Q without its training: the question also stands before the context, so that
-the activations that the heads read know it.
+the activations that the heads read know it. `heads-int8` keeps keys and values as 8-bit integers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,8 +27,10 @@ from locret.evaluate import answer_nll, sizes
 
 TASKS = ("niah_multikey_1", "niah_single_2", "vt", "niah_multivalue")
 BUDGETS = (0.25, 0.125)
-HIDDEN = ("heads", "streaming", "keynorm", "keydiff", "random", "expected", "snapkv")
+HIDDEN = ("heads", "streaming", "keynorm", "keydiff", "random", "expected", "snapkv",
+          "heads-int8")  # fmt: skip
 KNOWN = ("heads", "heads-q", "snapkv", "expected", "streaming")
+OURS = ("heads", "heads-q", "heads-int8")
 TOKENS, CHUNK, BLOCK = 1024, 256, 4
 
 app = typer.Typer(add_completion=False)
@@ -65,10 +68,12 @@ def plan(tasks: list[str], samples: int, heads: Any) -> Iterator[tuple[str, Call
         if (task, start) not in loaded:
             every = testbed.ruler(task, TOKENS, start + BLOCK, 0, tokenizer)[start:]
             loaded[task, start] = [parts(sample, tokenizer) for sample in every]
-        eye = {"full": None, "heads": heads, "heads-q": heads}.get(name, name)
+        eye = {"full": None, **dict.fromkeys(OURS, heads)}.get(name, name)
         found = []
         for context, question, gold in loaded[task, start]:
             config = sizes(round(budget * len(context)), CHUNK)
+            if name == "heads-int8":
+                config = replace(config, storage="int8")
             if mode == "known":
                 end = tokenizer.convert_tokens_to_ids("<|im_end|>")
                 asked = question[: int((question == end).nonzero()[0])]  # without the template
