@@ -24,7 +24,7 @@ class HeadsStageConfig(StageConfig):
     """Keys of the stage `heads` in a pipeline's YAML."""
 
     model: str = Field(default="smollm2", description="`smollm2`, or a transformers folder")
-    texts: int = Field(default=24, ge=2, description="windows; an eighth is only measured on")
+    texts: int = Field(default=16, ge=2, description="windows; an eighth is only measured on")
     length: int = Field(default=512, ge=32, description="tokens of a window")
     answer: int = Field(default=64, ge=1, description="tokens at its end whose queries count")
     hidden: int = Field(default=64, ge=0, description="width of a head; 0: ridge regression alone")
@@ -32,7 +32,7 @@ class HeadsStageConfig(StageConfig):
     budgets: list[float] = Field(default=[0.25, 0.125], min_length=1, description="shares kept")
     budget: int = Field(default=512, ge=16, description="entries kept, of the memory curve")
     chunk: int = Field(default=256, ge=16, description="tokens read at once")
-    tokens: int = Field(default=4096, ge=32, description="length of the memory curve")
+    tokens: int = Field(default=3072, ge=32, description="length of the memory curve")
 
 
 def run(config: HeadsStageConfig, inputs: dict[str, Path], space: Workspace) -> None:
