@@ -140,7 +140,6 @@ def decode() -> list[dict]:
     with torch.no_grad(), locret(model, heads, CONFIG):
         cache = LocretCache(CONFIG)
         for tokens in (1024, 4096, 16384, 65536):
-            # A prompt's tail would wait to be cut: read all but full chunks of it.
             new = random_ids(tokens - cache.columns)
             model(input_ids=new, past_key_values=cache, logits_to_keep=1)
             caches[tokens] = cache.fork()
