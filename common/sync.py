@@ -21,6 +21,7 @@ COPIES = {
     "_files.py": ["testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu", "locret", "densing"],
     "_cli.py": [
         *("testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu", "infllm2", "densing", "apb"),
+        "locret",
     ],
     "_native.py": NATIVE,
     "native/Native.cmake": [*NATIVE, "ultraclean"],

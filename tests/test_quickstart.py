@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 
 MINICPM4 = Path(sys.executable).parent / "minicpm4"
 STAGES = [
-    *("clean", "verify", "pretrain", "ternary", "sparse", "prefill", "generate", "density"),
-    "report",
+    *("clean", "verify", "pretrain", "ternary", "sparse", "prefill", "heads", "generate"),
+    *("density", "report"),
 ]
 
 
@@ -116,6 +116,16 @@ def test_prefill_sets_strategies_side_by_side(finished: Path) -> None:
     assert approximate["slowest_pairs"] < dense["slowest_pairs"]
     timings = json.loads((finished / "prefill" / "timings.json").read_text())
     assert all(t["critical_path"] > 0 for t in timings["seconds"])
+
+
+def test_heads_bound_the_memory_and_are_judged_beside_others(finished: Path) -> None:
+    result = metrics(finished, "heads")
+    for row in result["curve"]:
+        assert row["bounded"] <= min(row["bound"], row["full"])
+    assert result["curve"][-1]["full"] > 2 * result["curve"][-1]["bounded"]
+    assert set(result["overlap"]) | {"full"} == set(result["losses"])
+    assert all(0 < value[0] < 20 for value in result["losses"].values())
+    assert (finished / "heads" / "heads" / "heads.safetensors").exists()
 
 
 def test_generate_writes_text_and_times_it(finished: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from locret import RetainingHead, importance, qkv_input, retaining_loss
+from locret.retaining_head import top_loss
 
 
 def test_forward_is_the_formula() -> None:
@@ -25,6 +26,22 @@ def test_loss_by_hand_and_its_gradient() -> None:
     assert retaining_loss(scores[..., :1], labels[..., :1]).item() == pytest.approx(0.125)
     x = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda s: retaining_loss(s, torch.zeros_like(s)), x)
+
+
+def test_top_loss_asks_for_the_order_of_the_best() -> None:
+    torch.manual_seed(0)
+    labels = torch.randn(2, 3, 40, dtype=torch.float64) * 4
+    assert top_loss(labels, labels, 0.0).item() == 0
+    assert top_loss(labels + 7, labels, 0.0).item() == pytest.approx(0, abs=1e-12)  # level is free
+    best, worst = labels.argmax(-1, keepdim=True), labels.argmin(-1, keepdim=True)
+    step = torch.full_like(labels[..., :1], 2.0)
+    high = top_loss(labels.scatter_add(-1, best, -step), labels, 0.0)
+    low = top_loss(labels.scatter_add(-1, worst, -step), labels, 0.0)
+    assert high > 3 * low > 0
+    scores = torch.randn(2, 3, 40, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: top_loss(s, labels), scores)
+    one = torch.ones(1, 1, 1)
+    assert top_loss(one, one).isfinite()
 
 
 def test_it_learns_which_keys_an_answer_will_need() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache
 
 from locret.config import LocretConfig
-from locret.layer_store import LayerStore
+from locret.layer_store import BUFFERS, LayerStore
 
 
 class LocretCache(Cache):
@@ -62,7 +62,7 @@ class LocretCache(Cache):
         twin.layers = []
         for layer in self.layers:
             new = copy.copy(layer)
-            for name in ("keys", "values", "scores", "positions"):
+            for name in BUFFERS:
                 # As large as what is held: a question needs little more.
                 setattr(new, name, getattr(layer, name)[:, :, : layer.held].clone())
             new.state = dict(layer.state)

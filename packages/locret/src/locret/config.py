@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Positions = Literal["contiguous", "original"]
+Storage = Literal["model", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class LocretConfig:
             beyond the budget, so at most a chunk.
         positions: "contiguous" renumbers what is kept 0, 1, 2 … as the paper does, so that a text
             may be longer than the model's positions; "original" leaves keys where they stood.
+        storage: "model" keeps keys and values in the model's dtype, "int8" as 8-bit integers with
+            a scale for each entry, read back at each call.
 
     Raises:
         ValueError: a size out of range, or a budget that the protected entries fill alone.
@@ -33,6 +36,7 @@ class LocretConfig:
     sinks: int = 0
     local: int = 100
     positions: Positions = "contiguous"
+    storage: Storage = "model"
 
     def __post_init__(self) -> None:
         """Refuse sizes that leave nothing to decide."""
@@ -49,6 +53,9 @@ class LocretConfig:
             raise ValueError(
                 f'positions must be "contiguous" or "original", got {self.positions!r}'
             )
+
+        if self.storage not in ("model", "int8"):
+            raise ValueError(f'storage must be "model" or "int8", got {self.storage!r}')
 
     @property
     def tail(self) -> int:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from locret.attention import attend
 from locret.cache import LocretCache
 from locret.chunks import read
 from locret.config import LocretConfig
@@ -139,10 +139,7 @@ class _Engine:
         positions = positions.expand(call.q.shape[0], new)
         layer.note(torch.zeros((), device=call.q.device), positions, fresh)
         mask = _mask(layer.valid, new, layer.held, call.q)
-        out = scaled_dot_product_attention(
-            call.q, call.k, call.v, attn_mask=mask, scale=call.scaling, enable_gqa=True,
-            is_causal=mask is None and new > 1,
-        )  # fmt: skip
+        out = attend(call.q, call.k, call.v, mask, call.scaling)
         step = Step(call, layer, mask, lambda p: self.rotation(p, call.k))
         layer.scores[:, :, layer.held - new : layer.held] = self.scorer.observe(step)
         if cache.evicting and (layer.held > cache.config.budget or layer.valid is not None):
@@ -152,14 +149,12 @@ class _Engine:
 
 
 def _mask(valid: Tensor | None, new: int, held: int, q: Tensor) -> Tensor | None:
-    """bool `[B or 1, 1, T, n]`, True where a query may look; None where plain causal will do."""
-    if valid is None and (new == 1 or new == held):
+    """bool `[B, 1, T, n]`, True where a query may look; None where no row has padding."""
+    if valid is None:
         return None
     old = held - new
     at = torch.arange(new, device=q.device)
     seen = torch.arange(held, device=q.device)[None] <= old + at[:, None]
-    if valid is None:
-        return seen[None, None]
     # A padding query sees itself, or its softmax would be over nothing.
     own = torch.arange(held, device=q.device)[None] == old + at[:, None]
     return ((seen & valid[:, None]) | own)[:, None]

@@ -15,7 +15,7 @@ from locret._files import atomic_path, write_json
 from locret.retaining_head import ACTIVATIONS, RetainingHead
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 WEIGHTS, CONFIG = "heads.safetensors", "heads.json"
 
@@ -61,12 +61,17 @@ class HeadsConfig:
 
 
 def shape_of(model: PreTrainedModel) -> dict[str, int]:
-    """The numbers of a decoder that heads depend on.
+    """The numbers of a decoder that heads depend on; see `shape_of_config`."""
+    return shape_of_config(model.config)
+
+
+def shape_of_config(config: PretrainedConfig) -> dict[str, int]:
+    """The same from a configuration alone.
 
     Raises:
         ValueError: a configuration without layers or heads.
     """
-    config = model.config.get_text_config(decoder=True)
+    config = config.get_text_config(decoder=True)
     try:
         heads, hidden_size = config.num_attention_heads, config.hidden_size
         return {

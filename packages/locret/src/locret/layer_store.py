@@ -10,6 +10,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from locret.config import LocretConfig
 from locret.eviction import keep
+from locret.quantised import dequantise, quantise
+
+BUFFERS = ("keys", "values", "key_scales", "value_scales", "scores", "positions")
 
 
 class LayerStore(CacheLayerMixin):
@@ -36,8 +39,13 @@ class LayerStore(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
         b, j, _, d = key_states.shape
-        self.keys = key_states.new_empty(b, j, 0, d)
-        self.values = value_states.new_empty(b, j, 0, value_states.shape[-1])
+        coded = self.config.storage == "int8"
+        kind = torch.int8 if coded else self.dtype
+        self.keys = key_states.new_empty(b, j, 0, d, dtype=kind)
+        self.values = value_states.new_empty(b, j, 0, value_states.shape[-1], dtype=kind)
+        # One scale an entry where entries are integers; none otherwise.
+        scale = torch.empty(b, j, 0, int(coded), device=self.device)
+        self.key_scales, self.value_scales = scale, scale.clone()
         self.scores = torch.empty(b, j, 0, device=self.device)
         self.positions = torch.empty(b, j, 0, dtype=torch.int32, device=self.device)
 
@@ -59,12 +67,27 @@ class LayerStore(CacheLayerMixin):
                 "config)`, which reads long texts in chunks"
             )
         self._grow(self.held + new)
-        self.keys[:, :, self.held : self.held + new] = key_states
-        self.values[:, :, self.held : self.held + new] = value_states
+        self._put("key", self.held, key_states)
+        self._put("value", self.held, value_states)
         self.held += new
         self.columns += new
         self.peak = max(self.peak, self.held)
-        return self.keys[:, :, : self.held], self.values[:, :, : self.held]
+        return self.all("key"), self.all("value")
+
+    def all(self, name: str) -> Tensor:
+        """Keys or values `[B, J, held, D]` in the model's dtype; name is "key" or "value"."""
+        stored = getattr(self, f"{name}s")[:, :, : self.held]
+        if self.config.storage == "model":
+            return stored
+        return dequantise(stored, getattr(self, f"{name}_scales")[:, :, : self.held], self.dtype)
+
+    def _put(self, name: str, at: int, entries: Tensor) -> None:
+        """Write entries `[B, J, T, D]` into the buffer from place `at`."""
+        part = slice(at, at + entries.shape[2])
+        if self.config.storage == "int8":
+            entries, scales = quantise(entries)
+            getattr(self, f"{name}_scales")[:, :, part] = scales
+        getattr(self, f"{name}s")[:, :, part] = entries
 
     def note(self, scores: Tensor, positions: Tensor, valid: Tensor | None) -> None:
         """What is known of the last T entries: scores `[B, J, T]`, positions and valid `[B, T]`."""
@@ -97,7 +120,7 @@ class LayerStore(CacheLayerMixin):
             self.scores[:, :, now], self.positions[:, :, now], self.valid, last, self.config, due
         )
         m = index.shape[2]
-        keys = _gather(self.keys, index)
+        keys, values = _gather(self.all("key"), index), _gather(self.all("value"), index)
         if move is not None:
             if self.valid is None:
                 place = index
@@ -105,8 +128,8 @@ class LayerStore(CacheLayerMixin):
                 rank = (self.valid.cumsum(1) - 1)[:, None].expand(-1, index.shape[1], -1)
                 place = rank.gather(2, index)
             keys = move(keys, torch.arange(m, device=index.device) - place)
-        self.keys[:, :, :m] = keys
-        self.values[:, :, :m] = _gather(self.values, index)
+        self._put("key", 0, keys)
+        self._put("value", 0, values)
         self.scores[:, :, :m] = self.scores.gather(2, index)
         self.positions[:, :, :m] = self.positions.gather(2, index)
         self.held, self.valid = m, left
@@ -126,11 +149,11 @@ class LayerStore(CacheLayerMixin):
         return -1
 
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values held now."""
+        """Bytes of the keys and values held now, and of their scales."""
         if not self.is_initialized:
             return 0
-        b, j, _, d = self.keys.shape
-        return b * j * self.held * (d + self.values.shape[-1]) * self.keys.element_size()
+        buffers = (getattr(self, name) for name in BUFFERS[:4])
+        return sum(x[:, :, : self.held].numel() * x.element_size() for x in buffers)
 
     def _grow(self, wanted: int) -> None:
         room = self.keys.shape[2]
@@ -138,7 +161,7 @@ class LayerStore(CacheLayerMixin):
             return
         # Doubling, up to all that will ever be needed: short texts do not pay for the budget.
         room = min(max(wanted, 2 * room), self.config.capacity)
-        for name in ("keys", "values", "scores", "positions"):
+        for name in BUFFERS:
             old = getattr(self, name)
             shape = list(old.shape)
             shape[2] = room

@@ -103,3 +103,27 @@ def retaining_loss(scores: Tensor, labels: Tensor, smoothing: float = SMOOTHING)
     if scores.shape[-1] > 1:
         loss = loss + smoothing * F.mse_loss(scores[..., :-1], scores[..., 1:])
     return loss
+
+
+def top_loss(scores: Tensor, labels: Tensor, smoothing: float = SMOOTHING) -> Tensor:
+    """What eviction asks for: the order within a text, and of its best entries above all.
+
+    A cache compares entries of one text, so scores and labels are taken from their text's mean;
+    and it only asks who is among the best, so an entry far below costs little wherever it is put.
+    The squared error is in units of the labels' spread, weighted by σ(2z − 1) + 0.15 for a label
+    z spreads above its mean. Not the paper's; `experiments` compares the two.
+
+    Args:
+        scores, labels, smoothing: as in `retaining_loss`.
+    """
+    wanted = labels - labels.mean(-1, keepdim=True)
+    spread = wanted.std(-1, keepdim=True, correction=0).clamp(min=1e-6)
+    weight = torch.sigmoid(2 * wanted / spread - 1) + 0.15
+    error = (scores - scores.mean(-1, keepdim=True) - wanted) / spread
+    loss = (weight * error**2).sum() / weight.sum()
+    if scores.shape[-1] > 1:
+        loss = loss + smoothing * F.mse_loss(scores[..., :-1], scores[..., 1:])
+    return loss
+
+
+LOSSES = {"paper": retaining_loss, "top": top_loss}

@@ -89,7 +89,7 @@ class KeyDiff(Scorer):
 
     def rescore(self, layer: LayerStore) -> None:
         """−cos(k, mean of the unit keys held)."""
-        unit = normalize(layer.keys[:, :, : layer.held].float(), dim=-1)
+        unit = normalize(layer.all("key").float(), dim=-1)
         weight = _weights(layer, unit)
         mean = (unit * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
         layer.scores[:, :, : layer.held] = -(unit * normalize(mean, dim=-1)).sum(-1)
@@ -208,7 +208,7 @@ class ExpectedAttention(Scorer):
         turn = lambda x: rotate(module, x, x, cos, sin)[0]  # noqa: E731 - rows [.., .., n, D]
         mean = turn(mean[:, :, None])[:, :, 0]
         cov = turn(turn(cov).transpose(-1, -2)).transpose(-1, -2)
-        keys = layer.keys[:, :, :held].float()
+        keys = layer.all("key").float()
         groups = mean.shape[1] // keys.shape[1]
         mean, cov = (x.unflatten(1, (-1, groups)) for x in (mean, cov))
         logits = torch.einsum("bjgd,bjnd->bjgn", mean, keys) * scaling
@@ -220,7 +220,7 @@ class ExpectedAttention(Scorer):
         weights = (
             logits.softmax(-1).nan_to_num(0.0) if layer.valid is not None else logits.softmax(-1)
         )
-        weights = weights.mean(2) * layer.values[:, :, :held].float().norm(dim=-1)
+        weights = weights.mean(2) * layer.all("value").float().norm(dim=-1)
         sinks = layer.positions[:, :, :held] < self.sinks
         layer.scores[:, :, :held] = weights.masked_fill(sinks, float(weights.max()) + 1)
 

@@ -23,7 +23,7 @@ class Step:
     Attributes:
         call: see `Call`; its k and v are all `[B, J, n, D]` held.
         layer: the layer's store; `positions` and `valid` already hold the new entries.
-        mask: bool `[B or 1, 1, T, n]`, True where a query looked, or None: plain causal.
+        mask: bool `[B, 1, T, n]`, True where a query looked, or None: no padding, plain causal.
         rotation: int positions `[N, T]` to (cos, sin) `[N, T, D]`.
     """
 
@@ -90,7 +90,7 @@ def window_attention(layer: LayerStore, softmax: bool) -> Tensor | None:
     if "queries" not in layer.state:
         return None
     q, at, real = layer.state["queries"]
-    keys, held = layer.keys[:, :, : layer.held], layer.held
+    keys, held = layer.all("key"), layer.held
     q = q.unflatten(1, (keys.shape[1], -1))
     logits = torch.einsum("bjgtd,bjnd->bjgtn", q, keys).float() * layer.state["scaling"]
     later = layer.positions[:, :, None, :held] > at[:, None, :, None]

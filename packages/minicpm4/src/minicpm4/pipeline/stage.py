@@ -103,6 +103,7 @@ STAGES = {
         "ternary",
         "sparse",
         "prefill",
+        "heads",
         "generate",
         "density",
         "report",

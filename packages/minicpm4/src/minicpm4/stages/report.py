@@ -12,7 +12,7 @@ from pydantic import Field
 from minicpm4._files import write_text
 from minicpm4.pipeline.manifest import read_manifest, versions
 from minicpm4.pipeline.stage import Estimate, Stage, StageConfig, Workspace
-from minicpm4.reporting import clean, density, inference, prefill, training, verify
+from minicpm4.reporting import clean, density, heads, inference, prefill, training, verify
 from minicpm4.reporting.blocks import Section
 from minicpm4.reporting.page import machine, render
 
@@ -72,6 +72,10 @@ def _prefill(name: str, read: Mapping[str, Any]) -> Section:
     return prefill.section(name, read["prefill"], read["prefill_timings"])
 
 
+def _heads(name: str, read: Mapping[str, Any]) -> Section:
+    return heads.section(name, read["heads"])
+
+
 def _generate(name: str, read: Mapping[str, Any]) -> Section:
     return inference.generate(name, read["generate"], read["generate_timings"])
 
@@ -87,6 +91,7 @@ _SECTIONS = {
     "ternary": _ternary,
     "sparse": _sparse,
     "prefill": _prefill,
+    "heads": _heads,
     "generate": _generate,
     "density": _density,
 }

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+testbed = pytest.importorskip("testbed")
+pytest.importorskip("typer")
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture(scope="module")
+def quality():
+    before = list(sys.path)
+    taken = sys.modules.pop("shared", None)  # other tools' experiments have one too
+    sys.path.insert(0, str(EXPERIMENTS))
+    try:
+        import quality
+
+        yield quality
+    finally:
+        sys.path[:] = before
+        sys.modules.pop("shared", None)
+        sys.modules.pop("quality", None)
+        if taken is not None:
+            sys.modules["shared"] = taken
+
+
+@pytest.mark.parametrize("task", ["niah_multikey_1", "niah_single_2", "vt", "niah_multivalue"])
+def test_a_sample_is_context_question_and_answer(quality, task: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(testbed.smollm2_path())
+    [sample] = testbed.ruler(task, 1024, 1, 0, tokenizer)
+    context, question, answer = (tokenizer.decode(x) for x in quality.parts(sample, tokenizer))
+    assert context + question == testbed.ruler_prompt(sample, tokenizer)
+    assert question.startswith(("\nWhat", "\nQuestion:")) and len(question) < 500
+    assert question.endswith(sample.answer_prefix)
+    assert all(value in context and value in answer for value in sample.answers)
+
+
+def test_only_blocks_that_every_arm_finished_count(quality) -> None:
+    names = [f"{mode} {name} {budget:g}" for mode, name, budget in quality.arms()]
+    cells = {f"vt | {name} | 0": [1.0, 2.0] for name in names}
+    cells |= {f"vt | {name} | 4": [3.0] for name in names[1:]}
+    found = quality.gathered(cells)
+    assert set(found) == {"vt"} and all(v == [1.0, 2.0] for v in found["vt"].values())
+    assert "2 samples" in quality.show(found)
+
+
+def test_bootstrap_is_of_pairs(quality) -> None:
+    ours = [float(i) for i in range(20)]
+    sure = quality.better(ours, [x + 0.1 for x in ours])  # tiny beside the spread of samples
+    assert sure["gap"] == pytest.approx(0.1) and sure["low"] > 0 and sure["p"] == 0
+    unsure = quality.better(ours, [x + (-1) ** i for i, x in enumerate(ours)])
+    assert unsure["low"] < 0 < unsure["high"]
