@@ -57,11 +57,10 @@ inline void place(const cpmcu_packed &to, int64_t block, int W, int t, const flo
     }
 }
 
-// Calls f(block, W, t, token) for share `ith` of `nth` of `tokens`, whole blocks.
+// Calls f(block, W, t, token) for share `ith` of `nth` of `tokens`.
 template <class F> inline void for_blocks(int64_t tokens, int32_t ith, int32_t nth, F f) {
     const int W = tokens == 1 ? 1 : TOKENS;
-    for (int64_t b = ith; b * TOKENS < tokens; b += nth)
-        for (int t = 0; t < TOKENS && b * TOKENS + t < tokens; ++t) f(b, W, t, b * TOKENS + t);
+    for (int64_t token = tokens * ith / nth; token < tokens * (ith + 1) / nth; ++token) f(token / TOKENS, W, int(token % TOKENS), token);
 }
 
 constexpr int MOST_COLUMNS = 1 << 15;  // of a matrix: a row of floats on the stack of a thread
