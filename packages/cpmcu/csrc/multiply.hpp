@@ -178,11 +178,7 @@ struct Product {
             w = wide;
         }
         constexpr int N = 6;
-        // The weights after these are asked for meanwhile, a share beside each few tokens.
-        const char *next = static_cast<const char *>(m.data) + (p + R) * panel_bytes(m);
-        const int64_t lines = R * panel_bytes(m) / 64, passes = (end - begin + N - 1) / N;
-        for (int64_t t = begin, asked = 0, pass = 1; t < end; t += N, ++pass) {
-            for (; asked < lines * pass / passes; ++asked) __builtin_prefetch(next + asked * 64, 0, 2);
+        for (int64_t t = begin; t < end; t += N) {
             const int64_t left = tokens - t;
             left > 3 ? part<N, TOKENS, R, false>(p, w, t, int(left < N ? left : N)) : part<3, TOKENS, R, false>(p, w, t, int(left));
         }
