@@ -252,6 +252,20 @@ def decode_cases(bench: Bench, bits: int) -> Iterator[Case]:
                   gate, DECODE_BARS[at] if bits == 4 else None, at=at, steps=64)  # fmt: skip
 
 
+def int8_cache_cases(bench: Bench, bits: int) -> Iterator[Case]:
+    """Keys and values in 8 bits, as OpenVINO has them by default."""
+    folder = bench.folder(bits)
+    ours, peers = bench.ours(folder, 8192, kv="int8"), bench.openvinos(bits, 8192)
+    if bench.llama is not None:
+        gguf = bench.gguf(folder)
+        peers.append(bench.start(f"llama.cpp, {BITS[bits]}, cache in Q8_0", bench.llama, "llama",
+                                 gguf, 8192, int8_cache=True))  # fmt: skip
+    if peers:
+        yield row(f"SmolLM2, decode at 8000, {bits} bits, cache in 8 bits", "tokens/s", 64, ours,
+                  peers, "decode", lambda: None, DECODE_BARS[8000], repeats=5, at=8000,
+                  steps=64)  # fmt: skip
+
+
 def first_token_cases(bench: Bench, bits: int) -> Iterator[Case]:
     """32 tokens in, one out."""
     folder = bench.folder(bits)
@@ -391,6 +405,7 @@ def groups(bench: Bench) -> dict[str, Callable[[], Iterator[Any]]]:
         found |= {
             f"prefill {bits}": functools.partial(prefill_cases, bench, bits),
             f"decode {bits}": functools.partial(decode_cases, bench, bits),
+            f"cache {bits}": functools.partial(int8_cache_cases, bench, bits),
             f"first {bits}": functools.partial(first_token_cases, bench, bits),
             f"process {bits}": functools.partial(process_cases, bench, bits),
         }

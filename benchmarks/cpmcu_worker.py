@@ -80,13 +80,16 @@ class Cpmcu:
 class Llama:
     """llama.cpp, by llama-cpp-python."""
 
-    def __init__(self, model: str, threads: int, context: int, flash: bool = True) -> None:
+    def __init__(
+        self, model: str, threads: int, context: int, flash: bool = True, int8_cache: bool = False
+    ) -> None:
         import llama_cpp
 
         self.api = llama_cpp
+        kind = llama_cpp.GGML_TYPE_Q8_0 if int8_cache else llama_cpp.GGML_TYPE_F16
         self.llama = llama_cpp.Llama(
             model, n_ctx=context, n_batch=2048, n_ubatch=512, n_threads=threads,
-            n_threads_batch=threads, flash_attn=flash, verbose=False,
+            n_threads_batch=threads, flash_attn=flash, verbose=False, type_k=kind, type_v=kind,
         )  # fmt: skip
         self.vocab, self.filled = self.llama.n_vocab(), 0
 
