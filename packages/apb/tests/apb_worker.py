@@ -18,6 +18,7 @@ import apb
 import testbed
 
 STRATEGIES = ("dense", "ring", "zigzag", "ulysses", "star", "apb", "spava")
+SIZES = (1, 2, 3, 4, 8)
 OPTIONS = {"apb": {"sink": 2}}
 
 
@@ -63,6 +64,16 @@ class Dying:
         return self.inner.attend(layer)
 
 
+def run_all_sizes(folder: Path, rank: int) -> None:
+    """Every strategy on the first 1, 2, 3, 4 and on all of the processes."""
+    for size in SIZES:
+        some = dist.new_group(list(range(size)), timeout=timedelta(seconds=60))
+        if rank < size:
+            group = apb.DistributedGroup(some)
+            found = {strategy: run(group, strategy) for strategy in STRATEGIES}
+            torch.save(found, folder / f"{size}.{rank}.pt")
+
+
 def main() -> None:
     """One host."""
     torch.set_num_threads(1)
@@ -88,8 +99,7 @@ def main() -> None:
         dist.barrier()
         dist.destroy_process_group()
         return
-    found = {strategy: run(group, strategy) for strategy in STRATEGIES}
-    torch.save(found, folder / f"{rank}.pt")
+    run_all_sizes(folder, rank)
     dist.barrier()
     dist.destroy_process_group()
 
