@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import harness
 import torch
@@ -104,17 +103,21 @@ def torch_on_virtual_hosts(balanced: bool) -> Iterator[None]:
     from torch.distributed.tensor.experimental._context_parallel import _attention as ours
 
     network = SimpleNamespace(
+        # What torch's code asks of torch.distributed, answered by the virtual host.
         ProcessGroup=type(None),
         get_rank=lambda _: _here.host.rank,
         get_world_size=lambda _: _here.host.size,
     )
     options = SimpleNamespace(convert_to_f32=True, enable_load_balance=balanced)
-    with (
-        mock.patch.object(ours, "dist", network),
-        mock.patch.object(ours, "_create_rotater", _Rotater),
-        mock.patch.object(ours, "_cp_options", options),
-    ):
+    given = {"dist": network, "_create_rotater": _Rotater, "_cp_options": options}
+    own = {name: getattr(ours, name) for name in given}
+    try:
+        for name, value in given.items():
+            setattr(ours, name, value)
         yield
+    finally:
+        for name, value in own.items():
+            setattr(ours, name, value)
 
 
 def critical_path(model: Any, ids: Tensor, strategy: Any) -> tuple[float, Tensor]:
