@@ -19,6 +19,7 @@ ATTENTION = ["infllm2", "cpmcu"]  # those of them that attend
 # Which tool holds a copy of what: Python beside its own, the rest in csrc/native/.
 COPIES = {
     "_files.py": ["testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu", "locret", "densing"],
+    "_attention.py": ["apb", "locret"],
     "_cli.py": [
         *("testbed", "minicpm4", "ultraclean", "bitcpm", "cpmcu", "infllm2", "densing", "apb"),
         "locret",

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from apb._attention import attention_modules
 from apb.checks import check_ids
 from apb.compressors import Compressor
 from apb.context import Context, HostKV
-from apb.interface import attention_modules, check_positions, exchanged, handled_by
+from apb.interface import IMPLEMENTATION, check_positions, exchanged, handled_by
 from apb.plan import Layer, Plan, Strategy
 from apb.registry import make_strategy
 from apb.transport import Group, Host
@@ -79,7 +80,7 @@ def prefill(
     count = 0 if query is None else query.shape[1]
     plan = strategy.plan(document.shape[1], group.size, count)
     check_positions(model, document.shape[1])
-    layers = len(attention_modules(model))
+    layers = len(attention_modules(model, IMPLEMENTATION))
     report = Report()
 
     def program(host: Host) -> HostKV:

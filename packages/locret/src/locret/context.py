@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from locret._attention import attention_modules
 from locret.attention import attend
 from locret.cache import LocretCache
 from locret.chunks import read
 from locret.config import LocretConfig
-from locret.interface import Call, Rotation, attention_modules, exchanged, rotary_of, rotate
+from locret.interface import IMPLEMENTATION, Call, Rotation, exchanged, rotary_of, rotate
 from locret.scorers import as_scorer
 from locret.scoring import Scorer, Step
 
@@ -81,7 +82,7 @@ class _Engine:
 
     def __init__(self, model: PreTrainedModel, scorer: Scorer) -> None:
         self.scorer = scorer
-        self.module = attention_modules(model)[0]
+        self.module = attention_modules(model, IMPLEMENTATION)[0]
         self.rotary = rotary_of(model)
 
     def rotation(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

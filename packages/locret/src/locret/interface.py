@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from locret._attention import check_options, exchanged_attention, named_arguments
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IMPLEMENTATION = "locret"
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cu_seq_lens_q", "cu_seqlens_q")
 
 
 @dataclass
@@ -96,37 +97,6 @@ def rotary_of(model: PreTrainedModel) -> Callable[[Tensor, Tensor], tuple[Tensor
     return lambda like, positions: rotary(like, positions)
 
 
-def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The decoder's self-attention modules, by layer.
-
-    Raises:
-        ValueError: not a transformers decoder, or one whose attention cannot be exchanged.
-    """
-    transformers = _transformers()
-    if not isinstance(model, transformers.PreTrainedModel):
-        raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model)}")
-    if not model._can_set_attn_implementation():
-        raise ValueError(
-            f"{type(model).__name__} does not use transformers' attention interface, so its "
-            "attention cannot be exchanged"
-        )
-    found = [
-        m
-        for m in model.modules()
-        if type(m).__name__.endswith("Attention") and isinstance(getattr(m, "layer_idx", None), int)
-    ]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no numbered attention layers")
-    for module in found:
-        if getattr(module, "sliding_window", None):
-            raise ValueError(
-                f"layer {module.layer_idx} of {type(model).__name__} has a sliding window of "
-                f"{module.sliding_window}: locret needs full attention "
-                "(config.sliding_window=None)"
-            )
-    return sorted(found, key=lambda m: m.layer_idx)
-
-
 @contextmanager
 def exchanged(
     model: PreTrainedModel,
@@ -141,17 +111,10 @@ def exchanged(
         enter: called before a layer's attention with its module, input, (cos, sin) and cache; it
             returns the (cos, sin) to rotate by.
     """
-    transformers = _transformers()
-    transformers.AttentionInterface.register(IMPLEMENTATION, _forward)
-    transformers.AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
-    modules = attention_modules(model)
-    configs = {id(m.config): m.config for m in modules}
-    configs[id(model.config)] = model.config
     seen: dict[str, Any] = {}
 
     def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        found = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        found = {**found, **found.pop("kwargs", {})}
+        found = named_arguments(module, args, kwargs)
         hidden, rotation, cache = (_named(found, names) for names in _NAMES)
         if rotation is None:
             raise ValueError(f"{type(module).__name__} has no rotary embedding, which locret needs")
@@ -162,22 +125,20 @@ def exchanged(
         found[next(n for n in _NAMES[1] if n in found)] = rotation
         return (), found
 
-    before = [(c, c._attn_implementation, _open.get(id(c))) for c in configs.values()]
-    handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
-    try:
-        for config, _, _ in before:
-            config._attn_implementation_internal = IMPLEMENTATION
-            _open[id(config)] = (attend, seen, config)
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for config, old, session in before:
-            config._attn_implementation_internal = old
-            if session is None:
-                _open.pop(id(config), None)
-            else:
-                _open[id(config)] = session
+    with exchanged_attention(model, IMPLEMENTATION, _forward) as (modules, configs):
+        before = [(id(config), _open.get(id(config))) for config in configs]
+        handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
+        try:
+            _open.update((id(config), (attend, seen, config)) for config in configs)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for key, session in before:
+                if session is None:
+                    _open.pop(key, None)
+                else:
+                    _open[key] = session
 
 
 def _named(found: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -197,32 +158,10 @@ def _forward(
     """transformers' attention function."""
     if id(module.config) not in _open:
         raise ValueError('attn_implementation "locret" works inside `with locret(...)` only')
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"locret attention does not know {name}, which this model sets")
+    check_options(kwargs, IMPLEMENTATION)
     if dropout:
         raise ValueError("locret attention has no dropout: call model.eval()")
     attend, seen, _ = _open[id(module.config)]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attend(Call(module, module.layer_idx, query, key, value, scaling=scaling, **seen))
     return out.transpose(1, 2).contiguous(), None
-
-
-def _no_mask(*args: Any, mask_function: Any = None, **kwargs: Any) -> None:
-    """Who may see whom follows from the cache, which knows its padding."""
-    from transformers.masking_utils import causal_mask_function
-
-    if mask_function is not None and mask_function is not causal_mask_function:
-        raise ValueError(
-            "locret attention is plain causal: sliding windows and custom masks are not supported"
-        )
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            "locret needs transformers here: pip install 'minicpm4-locret[hf]'"
-        ) from error
-    return transformers
