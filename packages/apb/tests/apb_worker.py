@@ -74,13 +74,25 @@ def run_all_sizes(folder: Path, rank: int) -> None:
             torch.save(found, folder / f"{size}.{rank}.pt")
 
 
+def run_until_restarted(group: apb.DistributedGroup, folder: Path) -> None:
+    """The last host dies in the first attempt; the next one says which it was."""
+    attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], group.ranks[0]
+    strategy = apb.make_strategy("ring")
+    if attempt == "0":
+        strategy = Dying(strategy, group.size - 1)
+    document, query = inputs()
+    apb.prefill(testbed.tiny("llama"), document, strategy=strategy, hosts=group).logits(query)
+    (folder / f"attempt{rank}.txt").write_text(attempt, "utf-8")
+
+
 def main() -> None:
     """One host."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    group = apb.DistributedGroup()
-    folder, rank = Path(sys.argv[1]), group.ranks[0]
+    folder = Path(sys.argv[1])
     if sys.argv[2:] == ["die"]:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        group = apb.DistributedGroup()
+        rank = group.ranks[0]
         document, _ = inputs()
         strategy = Dying(apb.make_strategy("ring"), group.size - 1)
         try:
@@ -88,20 +100,13 @@ def main() -> None:
         except ConnectionError as error:
             (folder / f"error{rank}.txt").write_text(str(error), "utf-8")
         os._exit(0)
-    if sys.argv[2:] == ["restart"]:
-        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-        strategy = apb.make_strategy("ring")
-        if attempt == "0":
-            strategy = Dying(strategy, group.size - 1)
-        document, query = inputs()
-        apb.prefill(testbed.tiny("llama"), document, strategy=strategy, hosts=group).logits(query)
-        (folder / f"attempt{rank}.txt").write_text(attempt, "utf-8")
+    with apb.torchrun_group(timeout=60) as group:
+        rank = group.ranks[0]
+        if sys.argv[2:] == ["restart"]:
+            run_until_restarted(group, folder)
+        else:
+            run_all_sizes(folder, rank)
         dist.barrier()
-        dist.destroy_process_group()
-        return
-    run_all_sizes(folder, rank)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

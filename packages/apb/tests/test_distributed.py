@@ -75,11 +75,16 @@ def test_a_host_that_dies_is_reported_in_bounded_time(tmp_path: Path) -> None:
 
 
 def test_torchrun_restarts_a_failed_prefill(tmp_path: Path) -> None:
-    """Gloo may meet addresses of the attempt before, which refuse it: that is one more restart."""
-    done = launch(2, str(tmp_path), "restart", torchrun=("--max-restarts", "6"))
+    done = launch(2, str(tmp_path), "restart", torchrun=("--max-restarts", "1"))
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (f.read_text("utf-8") for f in sorted(tmp_path.glob("attempt*.txt")))
-    assert first == second and int(first) >= 1
+    assert [f.read_text("utf-8") for f in sorted(tmp_path.glob("attempt*.txt"))] == ["1", "1"]
+
+
+def test_needs_torchrun() -> None:
+    with pytest.raises(ValueError, match="torchrun did not start this process"), (
+        apb.torchrun_group()
+    ):  # fmt: skip
+        pass
 
 
 def test_needs_an_initialised_group() -> None:

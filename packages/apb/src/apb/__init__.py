@@ -35,6 +35,7 @@ _HOME = {
     "merge_lse": "merge",
     "partial_attention": "partial",
     "prefill": "engine",
+    "torchrun_group": "distributed",
 }
 
 __all__ = sorted(_HOME)

@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+
+@contextmanager
+def torchrun_group(timeout: float = 600.0) -> Iterator[DistributedGroup]:
+    """The processes that torchrun started as hosts: NCCL where there are GPUs, gloo elsewhere.
+
+    torchrun keeps one store for all its attempts, in which the hosts of a restart would find, and
+    try, the addresses of those that died. Here each attempt has keys of its own.
+
+    Args:
+        timeout: seconds after which a host that does not answer counts as lost.
+
+    Raises:
+        ValueError: torchrun did not start this process.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise ValueError("torchrun did not start this process: use VirtualGroup, or start with it")
+    if cuda := torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    limit = timedelta(seconds=timeout)
+    store, rank, size = next(rendezvous("env://", timeout=limit))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", store=dist.PrefixStore(f"attempt {attempt}", store),
+        rank=rank, world_size=size, timeout=limit,
+    )  # fmt: skip
+    try:
+        yield DistributedGroup()
+    finally:
+        dist.destroy_process_group()
 
 
 class DistributedGroup:

@@ -42,19 +42,10 @@ def launched(hosts: int) -> Iterator[Group]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield VirtualGroup(hosts)
         return
-    import torch.distributed as dist
+    from apb.distributed import torchrun_group
 
-    from apb.distributed import DistributedGroup
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
-    else:
-        dist.init_process_group("gloo")
-    try:
-        yield DistributedGroup()
-    finally:
-        dist.destroy_process_group()
+    with torchrun_group() as group:
+        yield group
 
 
 def run_file(
