@@ -9,11 +9,11 @@ from apb.reference import masked_attention
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)])
-@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (7, 7), (33, 5), (1, 130), (601, 601)])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "keys", "causal"),
+    [(33, 5, False), (1, 130, False), *((n, n, c) for n in (1, 7, 601) for c in (False, True))],
+)
 def test_against_the_masked_reference(heads, rows, keys, causal) -> None:
-    if causal and rows != keys:
-        pytest.skip("a triangle is square")
     torch.manual_seed(0)
     q = torch.randn(2, rows, heads[0], 8).transpose(1, 2)  # not contiguous
     k, v = (torch.randn(2, keys, heads[1], 8).transpose(1, 2) for _ in range(2))

@@ -54,25 +54,38 @@ template <class V> struct Float32 : FloatProducts<V, float> {
     };
 };
 
-// bfloat16 without a bf16 dot product: widened tile by tile.
-template <class V> struct Bf16Widened : FloatProducts<V, bf16> {
-    using Selecting = Bf16Widened;
-    static void widen(const bf16 *x, ptrdiff_t row, int n, int dim, float *out) {
-        for (int i = 0; i < n; ++i) {
-            int d = 0;
-            for (; d + V::L <= dim; d += V::L) V::load_bf16(x + i * row + d, out + i * dim + d);
-            for (; d < dim; ++d) out[i * dim + d] = to_float(x[i * row + d]);
-        }
+template <class V> inline void widen_rows(const bf16 *x, ptrdiff_t row, int n, int dim, float *out) {
+    for (int i = 0; i < n; ++i) {
+        int d = 0;
+        for (; d + V::L <= dim; d += V::L) V::load_bf16(x + i * row + d, out + i * dim + d);
+        for (; d < dim; ++d) out[i * dim + d] = to_float(x[i * row + d]);
     }
-    static Tile<float> keys(const bf16 *k, ptrdiff_t row, int n, int dim, float *scratch) {
-        widen(k, row, n, dim, scratch);
+}
+template <class V> inline void widen_rows(const int8_t *x, ptrdiff_t row, int n, int dim, float *out) { widen_rows(x, row, n, dim, out); }
+
+// Rows of another type, widened to floats tile by tile.
+template <class V, class S, class C> struct Widened : FloatProducts<V, S> {
+    using Cached = C;
+    static Tile<float> keys(const C *k, ptrdiff_t row, int n, int dim, float *scratch) {
+        widen_rows<V>(k, row, n, dim, scratch);
         return {scratch, dim, 1};
     }
     struct Values : Nothing {
         Tile<float> tile;
-        Values(const bf16 *v, ptrdiff_t row, int n, int dim, float *scratch) : tile{scratch, 1, dim} { widen(v, row, n, dim, scratch); }
+        Values(const C *v, ptrdiff_t row, int n, int dim, float *scratch) : tile{scratch, 1, dim} { widen_rows<V>(v, row, n, dim, scratch); }
         Tile<float> finish(int) const { return tile; }
     };
+};
+
+// bfloat16 without a bf16 dot product.
+template <class V> struct Bf16Widened : Widened<V, bf16, bf16> {
+    using Selecting = Bf16Widened;
+};
+
+// int8 rows by way of floats.
+template <class V, class S> struct Int8Floats : Widened<V, S, int8_t> {
+    using Selecting = std::conditional_t<std::is_same_v<S, float>, Float32<V>, Bf16Widened<V>>;
+    static constexpr int BESIDE = 4;
 };
 
 #if defined(__AVX512BF16__)
@@ -177,22 +190,6 @@ template <class V> struct Int8Pairs : Bf16Pairs<V> {
     };
 };
 #endif
-
-// int8 rows by way of floats.
-template <class V, class S> struct Int8Floats : FloatProducts<V, S> {
-    using Selecting = std::conditional_t<std::is_same_v<S, float>, Float32<V>, Bf16Widened<V>>;
-    using Cached = int8_t;
-    static constexpr int BESIDE = 4;
-    static Tile<float> keys(const int8_t *k, ptrdiff_t row, int n, int dim, float *scratch) {
-        widen_rows(k, row, n, dim, scratch);
-        return {scratch, dim, 1};
-    }
-    struct Values : Nothing {
-        Tile<float> tile;
-        Values(const int8_t *v, ptrdiff_t row, int n, int dim, float *scratch) : tile{scratch, 1, dim} { widen_rows(v, row, n, dim, scratch); }
-        Tile<float> finish(int) const { return tile; }
-    };
-};
 
 // What a level computes with: its widest vector, a narrower one for few rows, and its way with bfloat16.
 #if defined(__AVX512F__)

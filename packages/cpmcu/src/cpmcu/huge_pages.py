@@ -1,7 +1,6 @@
 """Memory in 2 MB pages, where the system has them: reading it once per token costs fewer look-ups.
 
-On one machine two threads read 11 % faster from such pages, one thread 22 % (`docs/log.md`). Where
-the system gives none, the memory is ordinary.
+Where the system gives none, the memory is ordinary. What it was worth is in `docs/log.md`.
 """
 
 from __future__ import annotations
