@@ -25,9 +25,17 @@ using namespace native;
     int32_t cpmcu_##name##_scalar(const args *, int32_t, int32_t); \
     int32_t cpmcu_##name##_avx2(const args *, int32_t, int32_t);   \
     int32_t cpmcu_##name##_avx512(const args *, int32_t, int32_t); \
-    int32_t cpmcu_##name##_avx512_bf16(const args *, int32_t, int32_t);
-#define PICK(name) {cpmcu_##name##_scalar, cpmcu_##name##_avx2, cpmcu_##name##_avx512, cpmcu_##name##_avx512_bf16}
+    int32_t cpmcu_##name##_avx512_bf16(const args *, int32_t, int32_t); \
+    int32_t cpmcu_##name##_amx(const args *, int32_t, int32_t);
+#if defined(NATIVE_AMX)
+constexpr Level TOP = AMX;
+#define PICK(name) {cpmcu_##name##_scalar, cpmcu_##name##_avx2, cpmcu_##name##_avx512, cpmcu_##name##_avx512_bf16, cpmcu_##name##_amx}
 #else
+constexpr Level TOP = AVX512_BF16;
+#define PICK(name) {cpmcu_##name##_scalar, cpmcu_##name##_avx2, cpmcu_##name##_avx512, cpmcu_##name##_avx512_bf16}
+#endif
+#else
+constexpr Level TOP = SCALAR;
 #define DECLARE(name, args) int32_t cpmcu_##name##_scalar(const args *, int32_t, int32_t);
 #define PICK(name) {cpmcu_##name##_scalar}
 #endif
@@ -39,7 +47,7 @@ using namespace native;
 
 extern "C" {
 int32_t cpmcu_level(void) {
-    static const Level level = chosen_level("CPMCU_CPU_LEVEL", AVX512_BF16);
+    static const Level level = chosen_level("CPMCU_CPU_LEVEL", TOP);
     return level;
 }
 const char *cpmcu_level_name(int32_t level) { return level_name(level); }

@@ -15,9 +15,14 @@ using namespace native;
     int32_t infllm2_gather_##level(const infllm2_backward_args *, int32_t, int32_t);      \
     int32_t infllm2_compress_##level(const infllm2_compress_args *, int32_t, int32_t);
 
-#if defined(__x86_64__)
+#if defined(NATIVE_AMX)
+constexpr Level TOP = AMX;
+#define PICK(name) {infllm2_##name##_scalar, infllm2_##name##_avx2, infllm2_##name##_avx512, infllm2_##name##_avx512_bf16, infllm2_##name##_amx}
+#elif defined(__x86_64__)
+constexpr Level TOP = AVX512_BF16;
 #define PICK(name) {infllm2_##name##_scalar, infllm2_##name##_avx2, infllm2_##name##_avx512, infllm2_##name##_avx512_bf16}
 #else
+constexpr Level TOP = SCALAR;
 #define PICK(name) {infllm2_##name##_scalar}
 #endif
 
@@ -26,9 +31,10 @@ DECLARE(scalar)
 DECLARE(avx2)
 DECLARE(avx512)
 DECLARE(avx512_bf16)
+DECLARE(amx)
 
 int32_t infllm2_level(void) {
-    static const Level level = chosen_level("INFLLM2_CPU_LEVEL", AVX512_BF16);
+    static const Level level = chosen_level("INFLLM2_CPU_LEVEL", TOP);
     return level;
 }
 const char *infllm2_level_name(int32_t level) { return level_name(level); }

@@ -28,9 +28,9 @@ int32_t ultraclean_exact(const ultraclean_exact_args *a, int32_t ith, int32_t nt
 
 int32_t ultraclean_minhash(const ultraclean_minhash_args *a, int32_t ith, int32_t nth) {
 #if defined(__x86_64__)
-    static const Minima levels[] = {ultraclean_minima_scalar, ultraclean_minima_avx2, ultraclean_minima_avx512, nullptr,
-                                    ultraclean_minima_avx512_vnni};
-    return minhash(a, ith, nth, levels[ultraclean_level()]);
+    static const Minima levels[] = {ultraclean_minima_scalar, ultraclean_minima_avx2, ultraclean_minima_avx512, ultraclean_minima_avx512_vnni};
+    const int32_t level = ultraclean_level();
+    return minhash(a, ith, nth, levels[level == AVX512_VNNI ? 3 : level]);
 #else
     return minhash(a, ith, nth, ultraclean_minima_scalar);
 #endif

@@ -17,7 +17,7 @@ from cpmcu import _native
 
 FLOAT32, BFLOAT16, INT8, INT4, ROWS = range(5)  # kinds of weights
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # int8: codes, for lay_out alone
-LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 OPERATIONS = (
     "embed", "norm", "pack", "swiglu", "multiply", "add", "rotate", "compress", "select",
     "attend", "merge", "lay_out",
@@ -138,7 +138,7 @@ class Kernels:
 
     Attributes:
         operations: addresses by name, for records.
-        level: instruction set in use: "scalar", "avx2", "avx512" or "avx512_bf16".
+        level: instruction set in use, one of `LEVELS`.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:

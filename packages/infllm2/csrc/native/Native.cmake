@@ -1,8 +1,10 @@
 # Copied from common/native/Native.cmake by common/sync.py: change it there.
-# add_native_library(NAME TOP): lib<NAME> from csrc/entry.cpp (any processor) and csrc/kernels.cpp, compiled once for
-# each instruction level: scalar, avx2, avx512 and TOP, which is avx512_bf16 or avx512_vnni. Without a C++ compiler
-# there is a message and no library: the wheel installs all the same.
+# add_native_library(NAME TOP...): lib<NAME> from csrc/entry.cpp (any processor) and csrc/kernels.cpp, compiled once for
+# each instruction level: scalar, avx2, avx512 and TOP, which is avx512_vnni, or avx512_bf16 and amx. Without a C++
+# compiler there is a message and no library: the wheel installs all the same. A compiler that does not know tiles leaves
+# out amx, and entry.cpp sees NATIVE_AMX only where it is in.
 include(CheckLanguage)
+include(CheckCXXSourceCompiles)
 check_language(CXX)
 if(CMAKE_CXX_COMPILER)
   enable_language(CXX)
@@ -10,7 +12,7 @@ endif()
 
 option(NATIVE_SANITIZE "AddressSanitizer and UBSan in the kernels: to be loaded by NATIVE_DIR" OFF)
 
-function(add_native_library name top)
+function(add_native_library name)
   if(NOT CMAKE_CXX_COMPILER)
     message(WARNING "no C++ compiler: ${name} is installed without its CPU kernels, PyTorch does their work")
     return()
@@ -22,11 +24,20 @@ function(add_native_library name top)
   set(levels scalar)
   set(flags_scalar "")
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
-    list(APPEND levels avx2 avx512 ${top})
+    list(APPEND levels avx2 avx512 ${ARGN})
     set(flags_avx2 -mavx2 -mfma -mf16c)
     set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
     set(flags_avx512_bf16 ${flags_avx512} -mavx512bf16 -mavx512vnni)
     set(flags_avx512_vnni ${flags_avx512} -mavx512vbmi -mavx512vnni)
+    set(flags_amx ${flags_avx512_bf16} -mavx512vbmi -mamx-tile -mamx-bf16 -mamx-int8)
+    if(amx IN_LIST levels)
+      string(REPLACE ";" " " CMAKE_REQUIRED_FLAGS "${flags_amx}")
+      check_cxx_source_compiles("int main() { asm volatile(\"tdpbf16ps %tmm0, %tmm1, %tmm2\"); }" NATIVE_HAS_AMX)
+      if(NOT NATIVE_HAS_AMX)
+        list(REMOVE_ITEM levels amx)
+        message(STATUS "the C++ compiler does not know AMX: ${name} is built without that level")
+      endif()
+    endif()
   endif()
   # -ffp-contract=off: a product and a sum are fused where the source says so, and nowhere else.
   set(common -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=default -Wno-maybe-uninitialized)
@@ -37,6 +48,9 @@ function(add_native_library name top)
   target_include_directories(${name} PRIVATE csrc csrc/native)
   target_compile_features(${name} PRIVATE cxx_std_17)
   target_compile_options(${name} PRIVATE ${common})
+  if(amx IN_LIST levels)
+    target_compile_definitions(${name} PRIVATE NATIVE_AMX)
+  endif()
   if(NATIVE_SANITIZE)
     target_link_options(${name} PRIVATE -fsanitize=address,undefined)
   endif()

@@ -21,6 +21,7 @@ from infllm2 import _native
 from infllm2.config import COARSE_FACTOR, InfLLMv2Config
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 OPERATIONS = ("select", "attend", "merge", "run", "backward", "gather", "compress", "append")
 
 
@@ -133,7 +134,7 @@ class Kernels:
     Attributes:
         select, attend, merge, run, backward, gather, compress, append: operations; see
             `csrc/args.h`.
-        level: instruction set in use: "scalar", "avx2", "avx512" or "avx512_bf16".
+        level: instruction set in use, one of `LEVELS`.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -201,9 +202,7 @@ def _sizer(function: Any, pointers: int, numbers: int = 0) -> Any:
 def kernels() -> tuple[Kernels | None, str]:
     """The kernels, or None and why not. `INFLLM2_CPU_LEVEL` names a lower level to use."""
     wanted = os.environ.get("INFLLM2_CPU_LEVEL")
-    if wanted not in (None, "scalar", "avx2", "avx512", "avx512_bf16"):
-        return None, (
-            f"INFLLM2_CPU_LEVEL must be scalar, avx2, avx512 or avx512_bf16, got {wanted!r}"
-        )
+    if wanted not in (None, *LEVELS):
+        return None, f"INFLLM2_CPU_LEVEL must be one of {', '.join(LEVELS)}, got {wanted!r}"
     library, reason = _native.load("infllm2", Path(__file__).parent.parent)
     return (None, reason) if library is None else (Kernels(library), "")
