@@ -5,33 +5,18 @@
 
 using namespace native;
 
-#define DECLARE(level)                                                            \
-    int32_t bitcpm_prepare_##level(const bitcpm_prepare_args *, int32_t, int32_t); \
-    int32_t bitcpm_multiply_##level(const bitcpm_multiply_args *, int32_t, int32_t);
-
-#if defined(__x86_64__)
-#define PICK(name) {bitcpm_##name##_scalar, bitcpm_##name##_avx2, bitcpm_##name##_avx512, bitcpm_##name##_avx512_vnni}
-#else
-#define PICK(name) {bitcpm_##name##_scalar}
-#endif
-
 extern "C" {
-DECLARE(scalar)
-DECLARE(avx2)
-DECLARE(avx512)
-DECLARE(avx512_vnni)
-
 int32_t bitcpm_level(void) {
-    static const Level level = chosen_level("BITCPM_CPU_LEVEL", AVX512_VNNI);
+    static const Level level = chosen_level("BITCPM_CPU_LEVEL");
     return level;
 }
 const char *bitcpm_level_name(int32_t level) { return level_name(level); }
 
-#define ENTRY(name, args)                                                             \
-    int32_t bitcpm_##name(const args *a, int32_t ith, int32_t nth) {                  \
-        static int32_t (*const levels[])(const args *, int32_t, int32_t) = PICK(name); \
-        const int32_t level = bitcpm_level();                                         \
-        return levels[level == AVX512_VNNI ? 3 : level](a, ith, nth);                 \
+#define ENTRY(name, args)                                                                                   \
+    NATIVE_DECLARE(bitcpm_##name##_, args)                                                                  \
+    int32_t bitcpm_##name(const args *a, int32_t ith, int32_t nth) {                                        \
+        static int32_t (*const levels[])(const args *, int32_t, int32_t) = NATIVE_LEVELS(bitcpm_##name##_); \
+        return levels[bitcpm_level()](a, ith, nth);                                                         \
     }
 ENTRY(prepare, bitcpm_prepare_args)
 ENTRY(multiply, bitcpm_multiply_args)
@@ -48,6 +33,6 @@ int64_t bitcpm_prepared_bytes(const bitcpm_shape *s, int64_t tokens, int32_t mod
     return bitcpm::Prepared(*s, tokens, mode).bytes;
 }
 int64_t bitcpm_work_bytes(const bitcpm_shape *s, int64_t tokens) {
-    return bitcpm::Work(*s, tokens, bitcpm_level() == AVX512_VNNI).bytes;
+    return bitcpm::Work(*s, tokens, bitcpm_level() >= AVX512_VNNI).bytes;
 }
 }

@@ -122,13 +122,16 @@ constexpr int64_t TABLE_TOKENS = 4;
 // Tokens whose float32 sums of one block wait in the second-level cache.
 constexpr int64_t MOST_TOKENS = 512;
 
-// A thread's scratch: digits of a span; for each token the sums of a block so far, and those of an unfinished group; tables.
+// Columns whose digits wait unpacked in the second-level cache, where tiles multiply them, and the most spans of these.
+constexpr int64_t DIGIT_COLUMNS = 4096, MOST_WAITING = 128;
+
+// A thread's scratch: digits of a span or of some; for each token the sums of a block so far, and those of an unfinished group; tables.
 struct Work {
     int64_t digits, sums, partial, tables, table_stride, bytes;
     Work(const bitcpm_shape &s, int64_t tokens, bool with_tables) {
         const int64_t most = smaller(tokens, MOST_TOKENS) * BLOCK * 4;
         digits = 0;
-        sums = digits + BLOCK * SPAN;
+        sums = digits + BLOCK * (DIGIT_COLUMNS + round_up(SPAN, 64));
         partial = sums + most;
         tables = partial + (group_of(s) > SPAN ? most : 0);
         table_stride = with_tables && s.codec == BITCPM_1_6BIT && tokens <= TABLE_TOKENS ? TABLE * tables_of(s) : 0;

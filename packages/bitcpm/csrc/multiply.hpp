@@ -2,6 +2,7 @@
 #pragma once
 #include "planes.hpp"
 #include "tables.hpp"
+#include "tiles.hpp"
 #include "unpack.hpp"
 
 namespace bitcpm {
@@ -257,8 +258,51 @@ class Multiplier {
         if constexpr (N > 1) tile<N - 1, EXACT>(t, end, base, digits, part, scale, y, partial);
     }
 
+#if BITCPM_TILES
+    // Spans whose digits are unpacked and wait for all tokens to pass by.
+    struct Waiting {
+        Part part;
+        const char *digits, *scale;
+    };
+
+    // Tokens from t on by 32 and by 16, through `count` spans; the fewer that are left are not done.
+    void tiled(int64_t &t, int64_t end, int64_t base, const Waiting *spans, int64_t count, float *y, int32_t *partial) const {
+        alignas(64) int32_t finished[2 * TILE_TOKENS * BLOCK];
+        while (t + TILE_TOKENS <= end) {
+            const bool two = t + 2 * TILE_TOKENS <= end;
+            const int64_t some = two ? 2 * TILE_TOKENS : TILE_TOKENS;
+            int32_t *unfinished = partial + (t - base) * BLOCK;
+            for (int64_t i = 0; i < count; ++i) {
+                const Part &part = spans[i].part;
+                int32_t *sums = part.ends ? finished : unfinished;
+                const int8_t *x = values(t) + part.first;
+                const int32_t *before = part.begins ? nullptr : unfinished;
+                for (int v = 0; v < 4; v += 2)
+                    two ? tile_products<true>(x, at.value_stride, spans[i].digits, part.columns, v, before, sums)
+                        : tile_products<false>(x, at.value_stride, spans[i].digits, part.columns, v, before, sums);
+                if (part.ends) finish(part.group, spans[i].scale, t, some, finished, y + (t - base) * BLOCK);
+            }
+            t += some;
+        }
+    }
+
+    // A group's sums [count][64], with what its digits are too large by taken off, times scales, on top of y.
+    void finish(int64_t g, const char *scale, int64_t t, int64_t count, const int32_t *sums, float *y) const {
+        F weight[4];
+        for (int v = 0; v < 4; ++v) weight[v] = sixteen(scale, v);
+        for (int64_t i = 0; i < count; ++i, sums += BLOCK, y += BLOCK) {
+            const I start = set(-this->sums(t + i)[g]);
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; ++v) collect(y + v * 16, fmul(to_float(add(load(sums + v * 16), start)), times(weight[v], t + i, g)));
+        }
+    }
+#endif
+
     void matrix(int64_t begin, int64_t end, char *work) const {
         const Work in(s, a->tokens, BITCPM_VNNI);
+#if BITCPM_TILES
+        const native::Tiles configured;
+#endif
         char *digits = work + in.digits;
         float *y = reinterpret_cast<float *>(work + in.sums);
         int32_t *partial = reinterpret_cast<int32_t *>(work + in.partial);
@@ -268,16 +312,35 @@ class Multiplier {
                 const Place place(s, block);
                 const char *p = a->weights + place.start;
                 std::memset(y, 0, size_t((stop - base) * BLOCK * 4));
-                each_part(s, [&](const Part &part) {
-                    unpack(s.codec, p + place.codes(part), place.strip_blocks, part.columns, digits);
-                    const char *scale = p + place.scales(part, s);
-                    int64_t t = base;
-                    if (a->mode == BITCPM_EXACT)
-                        tile<EXACT_TOKENS, true>(t, stop, base, digits, part, scale, y, partial);
-                    else
-                        tile<WHOLE_TOKENS, false>(t, stop, base, digits, part, scale, y, partial);
-                    p += place.panel_blocks * part.unit;
-                });
+#if BITCPM_TILES
+                if (a->mode != BITCPM_EXACT) {
+                    Waiting spans[MOST_WAITING];
+                    int64_t count = 0, used = 0;
+                    each_part(s, [&](const Part &part) {
+                        unpack(s.codec, p + place.codes(part), place.strip_blocks, part.columns, digits + used);
+                        fill_up(digits + used, part.columns);
+                        spans[count++] = {part, digits + used, p + place.scales(part, s)};
+                        used += round_up(part.columns, TILE_COLUMNS) * BLOCK;
+                        p += place.panel_blocks * part.unit;
+                        if (count < MOST_WAITING && used < BLOCK * DIGIT_COLUMNS && part.column + part.columns < columns) return;
+                        int64_t t = base;
+                        tiled(t, stop, base, spans, count, y, partial);
+                        for (int64_t i = 0, first = t; i < count; ++i, t = first)
+                            tile<WHOLE_TOKENS, false>(t, stop, base, spans[i].digits, spans[i].part, spans[i].scale, y, partial);
+                        count = used = 0;
+                    });
+                } else
+#endif
+                    each_part(s, [&](const Part &part) {
+                        unpack(s.codec, p + place.codes(part), place.strip_blocks, part.columns, digits);
+                        const char *scale = p + place.scales(part, s);
+                        int64_t t = base;
+                        if (a->mode == BITCPM_EXACT)
+                            tile<EXACT_TOKENS, true>(t, stop, base, digits, part, scale, y, partial);
+                        else
+                            tile<WHOLE_TOKENS, false>(t, stop, base, digits, part, scale, y, partial);
+                        p += place.panel_blocks * part.unit;
+                    });
                 for (int64_t t = base; t < stop; ++t)
                     for (int v = 0; v < 4; ++v) write(fload(y + (t - base) * BLOCK + v * 16), block * BLOCK + v * 16, t);
             }

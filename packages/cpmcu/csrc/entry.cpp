@@ -20,39 +20,20 @@ using namespace native;
     DO(merge, cpmcu_attend_args)      \
     DO(lay_out, cpmcu_lay_out_args)
 
-#if defined(__x86_64__)
-#define DECLARE(name, args)                                         \
-    int32_t cpmcu_##name##_scalar(const args *, int32_t, int32_t); \
-    int32_t cpmcu_##name##_avx2(const args *, int32_t, int32_t);   \
-    int32_t cpmcu_##name##_avx512(const args *, int32_t, int32_t); \
-    int32_t cpmcu_##name##_avx512_bf16(const args *, int32_t, int32_t); \
-    int32_t cpmcu_##name##_amx(const args *, int32_t, int32_t);
-#if defined(NATIVE_AMX)
-constexpr Level TOP = AMX;
-#define PICK(name) {cpmcu_##name##_scalar, cpmcu_##name##_avx2, cpmcu_##name##_avx512, cpmcu_##name##_avx512_bf16, cpmcu_##name##_amx}
-#else
-constexpr Level TOP = AVX512_BF16;
-#define PICK(name) {cpmcu_##name##_scalar, cpmcu_##name##_avx2, cpmcu_##name##_avx512, cpmcu_##name##_avx512_bf16}
-#endif
-#else
-constexpr Level TOP = SCALAR;
-#define DECLARE(name, args) int32_t cpmcu_##name##_scalar(const args *, int32_t, int32_t);
-#define PICK(name) {cpmcu_##name##_scalar}
-#endif
-#define ENTRY(name, args)                                                             \
-    int32_t cpmcu_##name(const args *a, int32_t ith, int32_t nth) {                   \
-        static int32_t (*const levels[])(const args *, int32_t, int32_t) = PICK(name); \
-        return levels[cpmcu_level()](a, ith, nth);                                    \
+#define ENTRY(name, args)                                                                                  \
+    NATIVE_DECLARE(cpmcu_##name##_, args)                                                                  \
+    int32_t cpmcu_##name(const args *a, int32_t ith, int32_t nth) {                                        \
+        static int32_t (*const levels[])(const args *, int32_t, int32_t) = NATIVE_LEVELS(cpmcu_##name##_); \
+        return levels[cpmcu_level()](a, ith, nth);                                                         \
     }
 
 extern "C" {
 int32_t cpmcu_level(void) {
-    static const Level level = chosen_level("CPMCU_CPU_LEVEL", TOP);
+    static const Level level = chosen_level("CPMCU_CPU_LEVEL");
     return level;
 }
 const char *cpmcu_level_name(int32_t level) { return level_name(level); }
 
-EACH(DECLARE)
 EACH(ENTRY)
 
 int64_t cpmcu_matrix_bytes(const cpmcu_matrix *m) { return panels_of(*m) * panel_bytes(*m); }

@@ -1,11 +1,12 @@
 // Products of packed rows with packed weights: matrix-vector for one token, matrix-matrix for more, from one kernel, so
-// that a token's result does not depend on how many others came with it.
+// that a token's result does not depend on how many others came with it; but where the processor has matrix tiles, many
+// tokens are multiplied by those (tiles.hpp).
 //
 // Integers: weights are unsigned bytes, activations signed ones; a group's sum is exact in 32 bits and starts from minus
 // the zero point times the activations' sum. It is then scaled by the product of both factors.
 #pragma once
 #include "args.h"
-#include "panel.hpp"
+#include "tiles.hpp"
 
 namespace native {
 inline namespace NATIVE_LEVEL {
@@ -16,8 +17,8 @@ inline int64_t panel_bytes(const cpmcu_matrix &m) {
     return m.cols * per_16[m.kind] / 16;
 }
 inline int64_t bytes_of_rows(int32_t kind, int64_t cols) { return kind == CPMCU_FLOAT32 ? 4 * cols : kind == CPMCU_BFLOAT16 ? 2 * cols : cols; }
-// Bytes a thread: two panels of int4 as bytes.
-inline int64_t multiply_work(const cpmcu_matrix &m) { return (m.kind == CPMCU_INT4 ? 2 * ROWS * m.cols : 0) + 128; }
+// Bytes a thread: two panels of integers in bfloat16.
+inline int64_t multiply_work(const cpmcu_matrix &m) { return (m.kind >= CPMCU_INT8 ? 4 * ROWS * m.cols : 0) + 128; }
 
 // 4-bit weights as bytes [cols / 4][16][4], their zero point still 8.
 inline void widen_panel(const uint8_t *from, int64_t cols, uint8_t *to) {
@@ -149,19 +150,23 @@ struct Product {
                                              reinterpret_cast<const int8_t *>(rows), a.from.scales + block * groups + t0,
                                              a.from.offsets + block * groups + t0, groups, m.group, out);
         }
-        for (int r = 0; r < R; ++r) {
-            const int64_t row = (p + r) * ROWS, here = m.rows - row < ROWS ? m.rows - row : ROWS;
-            const auto alpha = Panel::set(a.alpha), bias = a.bias && here == ROWS ? Panel::load(a.bias + row) : Panel::zero();
-            for (int t = 0; t < count; ++t) {
-                float *to = a.out + (token + t) * m.rows + row;
-                const float *from = out + (r * N + t) * ROWS;
-                if (here == ROWS)
-                    Panel::store(to, Panel::fma(Panel::load(from), alpha, a.add ? Panel::load(to) : bias));
-                else
-                    for (int i = 0; i < here; ++i) to[i] = a.alpha * from[i] + (a.add ? to[i] : a.bias ? a.bias[row + i] : 0.f);
-            }
+        for (int r = 0; r < R; ++r) finish(p + r, token, count, out + r * N * ROWS);
+    }
+
+    // Products [count][16] of panel p go where they belong, with what is added to them.
+    void finish(int64_t p, int64_t token, int64_t count, const float *from) const {
+        const int64_t row = p * ROWS, here = m.rows - row < ROWS ? m.rows - row : ROWS;
+        const auto alpha = Panel::set(a.alpha), bias = a.bias && here == ROWS ? Panel::load(a.bias + row) : Panel::zero();
+        for (int64_t t = 0; t < count; ++t, from += ROWS) {
+            float *to = a.out + (token + t) * m.rows + row;
+            if (here == ROWS)
+                Panel::store(to, Panel::fma(Panel::load(from), alpha, a.add ? Panel::load(to) : bias));
+            else
+                for (int i = 0; i < here; ++i) to[i] = a.alpha * from[i] + (a.add ? to[i] : a.bias ? a.bias[row + i] : 0.f);
         }
     }
+
+    uint8_t *aligned_work() const { return reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(work) + 63) & ~uintptr_t(63)); }
 
     // One token: panel after panel, so that weights are read as they lie.
     void vector(int64_t begin, int64_t end) const {
@@ -173,7 +178,7 @@ struct Product {
     template <int R> void panels(int64_t p, int64_t begin, int64_t end) const {
         const uint8_t *w = static_cast<const uint8_t *>(m.data) + p * panel_bytes(m);
         if (m.kind == CPMCU_INT4) {
-            uint8_t *wide = reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(work) + 63) & ~uintptr_t(63));
+            uint8_t *wide = aligned_work();
             for (int r = 0; r < R; ++r) widen_panel(w + r * panel_bytes(m), m.cols, wide + r * ROWS * m.cols);
             w = wide;
         }
@@ -183,6 +188,30 @@ struct Product {
             left > 3 ? part<N, TOKENS, R, false>(p, w, t, int(left < N ? left : N)) : part<3, TOKENS, R, false>(p, w, t, int(left));
         }
     }
+
+#if defined(__AMX_TILE__)
+    template <bool TWO, int R> void tile_part(int64_t p, const uint16_t *w, int64_t token) const {
+        alignas(64) float out[2 * R * TILE_TOKENS * ROWS];
+        tile_products<TWO, R>(static_cast<const uint16_t *>(a.from.data) + token * m.cols, w, ROWS * m.cols, m.cols, out);
+        const int64_t left = tokens - token;
+        for (int r = 0; r < R; ++r) finish(p + r, token, left < 2 * TILE_TOKENS ? left : 2 * TILE_TOKENS, out + r * 2 * TILE_TOKENS * ROWS);
+    }
+
+    template <int R> void tiles(int64_t p) const {
+        const uint8_t *from = static_cast<const uint8_t *>(m.data) + p * panel_bytes(m);
+        const uint16_t *w = reinterpret_cast<const uint16_t *>(from);
+        if (m.kind != CPMCU_BFLOAT16) {
+            uint16_t *wide = reinterpret_cast<uint16_t *>(aligned_work());
+            for (int r = 0; r < R; ++r, from += panel_bytes(m)) {
+                const uint16_t *scales = m.scales + (p + r) * (m.cols / m.group) * ROWS;
+                m.kind == CPMCU_INT4 ? widen_to_pairs<4>(from, scales, m.cols, m.group, wide + r * ROWS * m.cols)
+                                     : widen_to_pairs<8>(from, scales, m.cols, m.group, wide + r * ROWS * m.cols);
+            }
+            w = wide;
+        }
+        for (int64_t t = 0; t < tokens; t += 2 * TILE_TOKENS) tokens - t > TILE_TOKENS ? tile_part<true, R>(p, w, t) : tile_part<false, R>(p, w, t);
+    }
+#endif
 };
 
 inline int32_t multiply(const cpmcu_multiply_args &a, int32_t ith, int32_t nth) {
@@ -191,6 +220,15 @@ inline int32_t multiply(const cpmcu_multiply_args &a, int32_t ith, int32_t nth) 
     const bool one = a.last && !a.step->every;
     const Product product{a, m, one ? 1 : a.step->tokens, a.work + ith * a.work_stride};
     const int64_t panels = panels_of(m), begin = ith * panels / nth, end = (ith + 1) * panels / nth;
+#if defined(__AMX_TILE__)
+    if (in_tiles(m.kind, m.cols, a.step->tokens)) {
+        const Tiles configured;
+        int64_t p = begin;
+        for (; p + 2 <= end; p += 2) product.tiles<2>(p);
+        for (; p < end; ++p) product.tiles<1>(p);
+        return 0;
+    }
+#endif
     if (product.tokens == 1) return product.vector(begin, end), 0;
     // So many tokens at a time that they and their results stay in the second-level cache.
     const int64_t some = 96;

@@ -1,4 +1,4 @@
-// Rows of floats as a matrix wants them, in blocks of 12 tokens; and what happens to them on the way: normalisation,
+// Rows of floats as a matrix wants them, in blocks of tokens; and what happens to them on the way: normalisation,
 // gating.
 #pragma once
 #include "formats.hpp"
@@ -9,13 +9,18 @@ inline namespace NATIVE_LEVEL {
 
 constexpr int MOST_GROUP = 512;  // columns that share a factor
 
-// Row t of a block of W, from floats [cols].
-inline void place(const cpmcu_packed &to, int64_t block, int W, int t, const float *x) {
-    const int64_t cols = to.cols, at = block * TOKENS;
+// Row `token` of `tokens`, from floats [cols]. `step_tokens`: of the step, of which these may be the last alone.
+inline void place(const cpmcu_packed &to, int64_t step_tokens, int64_t tokens, int64_t token, const float *x) {
+    const int64_t cols = to.cols;
     if (to.kind == CPMCU_ROWS) {
-        std::memcpy(static_cast<float *>(to.data) + (at + t) * cols, x, sizeof(float) * cols);
+        std::memcpy(static_cast<float *>(to.data) + token * cols, x, sizeof(float) * cols);
         return;
     }
+#if defined(__AMX_TILE__)
+    if (in_tiles(to.kind, cols, step_tokens)) return place_in_tiles(x, cols, token, static_cast<uint16_t *>(to.data));
+#endif
+    const int W = tokens == 1 ? 1 : TOKENS, t = int(token % TOKENS);
+    const int64_t at = token - t;
     char *rows = static_cast<char *>(to.data) + at * bytes_of_rows(to.kind, cols);
     if (to.kind == CPMCU_FLOAT32) {
         float *out = reinterpret_cast<float *>(rows) + t;
@@ -57,10 +62,9 @@ inline void place(const cpmcu_packed &to, int64_t block, int W, int t, const flo
     }
 }
 
-// Calls f(block, W, t, token) for share `ith` of `nth` of `tokens`.
-template <class F> inline void for_blocks(int64_t tokens, int32_t ith, int32_t nth, F f) {
-    const int W = tokens == 1 ? 1 : TOKENS;
-    for (int64_t token = tokens * ith / nth; token < tokens * (ith + 1) / nth; ++token) f(token / TOKENS, W, int(token % TOKENS), token);
+// Calls f(token) for share `ith` of `nth` of `tokens`.
+template <class F> inline void for_share(int64_t tokens, int32_t ith, int32_t nth, F f) {
+    for (int64_t token = tokens * ith / nth; token < tokens * (ith + 1) / nth; ++token) f(token);
 }
 
 constexpr int MOST_COLUMNS = 1 << 15;  // of a matrix: a row of floats on the stack of a thread
@@ -69,7 +73,8 @@ inline int32_t norm(const cpmcu_norm_args &a, int32_t ith, int32_t nth) {
     const int64_t cols = a.to.cols, T = a.step->tokens;
     const bool one = a.last && !a.step->every;
     float y[MOST_COLUMNS];
-    for_blocks(one ? 1 : T, ith, nth, [&](int64_t b, int W, int t, int64_t token) {
+    const int64_t tokens = one ? 1 : T;
+    for_share(tokens, ith, nth, [&](int64_t token) {
         const float *x = a.x + (one ? T - 1 : token) * cols;
         auto part = Panel::zero();
         int64_t at = 0;
@@ -78,7 +83,7 @@ inline int32_t norm(const cpmcu_norm_args &a, int32_t ith, int32_t nth) {
         for (; at < cols; ++at) sum += x[at] * x[at];
         const float factor = a.scale / std::sqrt(sum / float(cols) + a.eps);
         for (int64_t i = 0; i < cols; ++i) y[i] = x[i] * factor * a.weight[i];
-        place(a.to, b, W, t, y);
+        place(a.to, T, tokens, token, y);
     });
     return 0;
 }
@@ -86,12 +91,12 @@ inline int32_t norm(const cpmcu_norm_args &a, int32_t ith, int32_t nth) {
 template <class Source> inline void pack_rows(const cpmcu_pack_args &a, int32_t ith, int32_t nth) {
     const int64_t T = a.step->tokens;
     float y[MOST_COLUMNS];
-    for_blocks(T, ith, nth, [&](int64_t b, int W, int t, int64_t token) {
+    for_share(T, ith, nth, [&](int64_t token) {
         for (int64_t h = 0; h < a.heads; ++h) {
             const Source *from = static_cast<const Source *>(a.out) + (h * T + token) * a.dim;
             for (int64_t d = 0; d < a.dim; ++d) y[h * a.dim + d] = to_float(from[d]);
         }
-        place(a.to, b, W, t, y);
+        place(a.to, T, T, token, y);
     });
 }
 
@@ -116,12 +121,12 @@ inline void gated(const float *gate, const float *up, int64_t n, float *y) {
 }
 
 inline int32_t swiglu(const cpmcu_swiglu_args &a, int32_t ith, int32_t nth) {
-    const int64_t F = a.to.cols;
+    const int64_t F = a.to.cols, T = a.step->tokens;
     float y[MOST_COLUMNS];
-    for_blocks(a.step->tokens, ith, nth, [&](int64_t b, int W, int t, int64_t token) {
+    for_share(T, ith, nth, [&](int64_t token) {
         const float *gate = a.gate_up + token * 2 * F;
         gated(gate, gate + F, F, y);
-        place(a.to, b, W, t, y);
+        place(a.to, T, T, token, y);
     });
     return 0;
 }

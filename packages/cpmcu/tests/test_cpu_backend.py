@@ -49,7 +49,7 @@ def product(matrix, x, pool, *, bias=None, out=None, alpha=1.0):
     """Normalise rows of x by 1 / RMS, multiply: the way every product of the engine goes."""
     m, tokens = matrix.struct, len(x)
     integers = m.kind in (c.INT8, c.INT4)
-    blocks = -(-tokens // 12) * 12
+    blocks = -(-tokens // 48) * 48
     groups = m.cols // m.group if integers else 0
     data = torch.zeros(blocks * m.cols * 4, dtype=torch.uint8)
     scales, offsets = (
@@ -62,22 +62,28 @@ def product(matrix, x, pool, *, bias=None, out=None, alpha=1.0):
     step, ones = step_of(tokens), torch.ones(m.cols)
     at = ctypes.addressof(step)
     result = torch.full((tokens, m.rows), float("nan")) if out is None else out
-    work = torch.empty(2 * (2 * 16 * m.cols + 128), dtype=torch.uint8)
+    size = c.loaded().size("multiply_work", m)
+    work = torch.empty(2 * size, dtype=torch.uint8)
     norm = c.NormArgs(at, x.data_ptr(), ones.data_ptr(), packed, 0.0, 1.0, 0, 0)
     multiply = c.MultiplyArgs(
-        at, m, packed, result.data_ptr(), c.address(bias), work.data_ptr(), 2 * 16 * m.cols + 128,
-        alpha, out is not None, 0, 0,
+        at, m, packed, result.data_ptr(), c.address(bias), work.data_ptr(), size, alpha,
+        out is not None, 0, 0,
     )  # fmt: skip
     pool.run(c.Records([("norm", norm), ("multiply", multiply)]))
     return result
 
 
-def activations(x, quant, cols):
+def in_tiles(quant, tokens):
+    """Whether the kernels multiply by matrix tiles, in bfloat16."""
+    return c.kernels()[0].level == "amx" and tokens > 16 and quant != "float32"
+
+
+def activations(x, quant):
     """What the kernels multiply: rows over their RMS, rounded as their kind wants."""
-    x = x / x.square().mean(1, keepdim=True).sqrt()
+    tokens, x = len(x), x / x.square().mean(1, keepdim=True).sqrt()
     if quant == "float32":
         return x.double()
-    if quant == "bfloat16":
+    if quant == "bfloat16" or in_tiles(quant, tokens):
         return x.bfloat16().double()
     parts = x.unflatten(1, (-1, 32))
     scale = parts.abs().amax(2, keepdim=True) / 127
@@ -105,8 +111,9 @@ def test_products_equal_float64(quant, tokens, pool):
     weight, x, bias = torch.randn(rows, cols), torch.randn(tokens, cols), torch.randn(rows)
     x[0, :128] = 0.0
     matrix = pack(weight, KINDS[quant], pool)
-    exact = rounded(weight.bfloat16() if quant == "bfloat16" else weight, quant).double()
-    truth = activations(x, quant, cols) @ exact.T
+    exact = rounded(weight.bfloat16() if quant == "bfloat16" else weight, quant)
+    exact = (exact.bfloat16() if in_tiles(quant, tokens) else exact).double()
+    truth = activations(x, quant) @ exact.T
     # A code of an activation may differ where a value lies between two to the last bit.
     limit = 2e-6 if quant == "float32" else 2e-3
     error = limit * truth.abs().max()
@@ -114,10 +121,10 @@ def test_products_equal_float64(quant, tokens, pool):
     before = torch.randn(tokens, rows)
     added = product(matrix, x, pool, out=before.clone(), alpha=0.5)
     assert (added - (before + 0.5 * truth)).abs().max() < error
-    # And no token's result depends on the others.
-    whole = product(matrix, x, pool)
-    for i in range(tokens):
-        assert torch.equal(product(matrix, x[i : i + 1].clone(), pool)[0], whole[i])
+    # And no token's result depends on the others, but for whether there are enough for tiles.
+    whole, some = product(matrix, x, pool), 17 if in_tiles(quant, tokens) else 1
+    for i in range(tokens - some + 1):
+        assert torch.equal(product(matrix, x[i : i + some].clone(), pool)[0], whole[i])
 
 
 def test_integer_sums_do_not_overflow(pool):
@@ -153,16 +160,19 @@ def test_same_bits_for_any_threads(tiny_folder, quant, monkeypatch):
         )
         whole = engine.logits(ids)
         engine.reset()
-        got = [engine.prefill(ids[:7]), engine.prefill(ids[7:570])]
+        got = [engine.prefill(ids[:40]), engine.prefill(ids[40:570])]
         got += [engine.decode(i) for i in ids[570:]]
         runs.append((whole, torch.stack(got)))
     for whole, parts in runs[1:]:
         assert torch.equal(whole, runs[0][0]) and torch.equal(parts, runs[0][1])
     # Chunks are the whole's bits; a single token's keys are summed in parts, and then merged.
     whole, parts = runs[0]
-    assert torch.equal(parts[:2], whole[[6, 569]])
+    assert torch.equal(parts[:2], whole[[39, 569]])
     limit = {"float32": 1e-5, "bfloat16": 2e-2}.get(quant, 5e-2) * whole.abs().max()
     assert (parts[2:] - whole[570:]).abs().max() < limit
+    engine.reset()
+    short = torch.stack([engine.prefill(ids[:7]), engine.prefill(ids[7:20])])  # too few for tiles
+    assert (short - whole[[6, 19]]).abs().max() < limit
 
 
 def test_rollback_and_a_cache_that_moves(tiny_folder):

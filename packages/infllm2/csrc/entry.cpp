@@ -6,43 +6,18 @@
 
 using namespace native;
 
-#define DECLARE(level)                                                                    \
-    int32_t infllm2_select_##level(const infllm2_select_args *, int32_t, int32_t);        \
-    int32_t infllm2_attend_##level(const infllm2_attend_args *, int32_t, int32_t);        \
-    int32_t infllm2_merge_##level(const infllm2_attend_args *, int32_t, int32_t);         \
-    int32_t infllm2_run_##level(const infllm2_run_args *, int32_t, int32_t);              \
-    int32_t infllm2_backward_##level(const infllm2_backward_args *, int32_t, int32_t);    \
-    int32_t infllm2_gather_##level(const infllm2_backward_args *, int32_t, int32_t);      \
-    int32_t infllm2_compress_##level(const infllm2_compress_args *, int32_t, int32_t);
-
-#if defined(NATIVE_AMX)
-constexpr Level TOP = AMX;
-#define PICK(name) {infllm2_##name##_scalar, infllm2_##name##_avx2, infllm2_##name##_avx512, infllm2_##name##_avx512_bf16, infllm2_##name##_amx}
-#elif defined(__x86_64__)
-constexpr Level TOP = AVX512_BF16;
-#define PICK(name) {infllm2_##name##_scalar, infllm2_##name##_avx2, infllm2_##name##_avx512, infllm2_##name##_avx512_bf16}
-#else
-constexpr Level TOP = SCALAR;
-#define PICK(name) {infllm2_##name##_scalar}
-#endif
-
 extern "C" {
-DECLARE(scalar)
-DECLARE(avx2)
-DECLARE(avx512)
-DECLARE(avx512_bf16)
-DECLARE(amx)
-
 int32_t infllm2_level(void) {
-    static const Level level = chosen_level("INFLLM2_CPU_LEVEL", TOP);
+    static const Level level = chosen_level("INFLLM2_CPU_LEVEL");
     return level;
 }
 const char *infllm2_level_name(int32_t level) { return level_name(level); }
 
-#define ENTRY(name, args)                                                             \
-    int32_t infllm2_##name(const args *a, int32_t ith, int32_t nth) {                 \
-        static int32_t (*const levels[])(const args *, int32_t, int32_t) = PICK(name); \
-        return levels[infllm2_level()](a, ith, nth);                                  \
+#define ENTRY(name, args)                                                                                    \
+    NATIVE_DECLARE(infllm2_##name##_, args)                                                                  \
+    int32_t infllm2_##name(const args *a, int32_t ith, int32_t nth) {                                        \
+        static int32_t (*const levels[])(const args *, int32_t, int32_t) = NATIVE_LEVELS(infllm2_##name##_); \
+        return levels[infllm2_level()](a, ith, nth);                                                         \
     }
 ENTRY(select, infllm2_select_args)
 ENTRY(attend, infllm2_attend_args)

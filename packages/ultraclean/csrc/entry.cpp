@@ -15,7 +15,7 @@ DECLARE(avx512)
 DECLARE(avx512_vnni)
 
 int32_t ultraclean_level(void) {
-    static const Level level = chosen_level("ULTRACLEAN_CPU_LEVEL", AVX512_VNNI);
+    static const Level level = chosen_level("ULTRACLEAN_CPU_LEVEL");
     return level;
 }
 const char *ultraclean_level_name(int32_t level) { return level_name(level); }
@@ -27,12 +27,7 @@ int32_t ultraclean_score(const ultraclean_score_args *a, int32_t ith, int32_t nt
 int32_t ultraclean_exact(const ultraclean_exact_args *a, int32_t ith, int32_t nth) { return exact(a, ith, nth); }
 
 int32_t ultraclean_minhash(const ultraclean_minhash_args *a, int32_t ith, int32_t nth) {
-#if defined(__x86_64__)
-    static const Minima levels[] = {ultraclean_minima_scalar, ultraclean_minima_avx2, ultraclean_minima_avx512, ultraclean_minima_avx512_vnni};
-    const int32_t level = ultraclean_level();
-    return minhash(a, ith, nth, levels[level == AVX512_VNNI ? 3 : level]);
-#else
-    return minhash(a, ith, nth, ultraclean_minima_scalar);
-#endif
+    static const Minima levels[] = NATIVE_LEVELS(ultraclean_minima_);
+    return minhash(a, ith, nth, levels[ultraclean_level()]);
 }
 }

@@ -1,8 +1,7 @@
 # Copied from common/native/Native.cmake by common/sync.py: change it there.
 # add_native_library(NAME TOP...): lib<NAME> from csrc/entry.cpp (any processor) and csrc/kernels.cpp, compiled once for
-# each instruction level: scalar, avx2, avx512 and TOP, which is avx512_vnni, or avx512_bf16 and amx. Without a C++
-# compiler there is a message and no library: the wheel installs all the same. A compiler that does not know tiles leaves
-# out amx, and entry.cpp sees NATIVE_AMX only where it is in.
+# each instruction level: scalar, avx2, avx512 and TOP, of avx512_bf16, avx512_vnni and amx. Without a C++ compiler there
+# is a message and no library: the wheel installs all the same. A compiler that does not know tiles leaves out amx.
 include(CheckLanguage)
 include(CheckCXXSourceCompiles)
 check_language(CXX)
@@ -48,9 +47,6 @@ function(add_native_library name)
   target_include_directories(${name} PRIVATE csrc csrc/native)
   target_compile_features(${name} PRIVATE cxx_std_17)
   target_compile_options(${name} PRIVATE ${common})
-  if(amx IN_LIST levels)
-    target_compile_definitions(${name} PRIVATE NATIVE_AMX)
-  endif()
   if(NATIVE_SANITIZE)
     target_link_options(${name} PRIVATE -fsanitize=address,undefined)
   endif()
@@ -62,6 +58,7 @@ function(add_native_library name)
     target_compile_definitions(${name}_${level} PRIVATE NATIVE_LEVEL=${level})
     set_target_properties(${name}_${level} PROPERTIES POSITION_INDEPENDENT_CODE ON)
     target_sources(${name} PRIVATE $<TARGET_OBJECTS:${name}_${level}>)
+    target_compile_definitions(${name} PRIVATE NATIVE_HAS_${level})
   endforeach()
   install(TARGETS ${name} LIBRARY DESTINATION ${name} RUNTIME DESTINATION ${name})
 endfunction()

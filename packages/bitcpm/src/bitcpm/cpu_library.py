@@ -17,7 +17,7 @@ from . import _native
 CODECS = {"2bit": 0, "1.6bit": 1}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MODES = {"int8": 0, "int8-group": 1, "exact": 2}
-LEVELS = ("scalar", "avx2", "avx512", "avx512_vnni")
+LEVELS = ("scalar", "avx2", "avx512", "avx512_vnni", "amx")
 
 
 class Shape(Structure):

@@ -6,7 +6,8 @@
 //
 // Written as assembly because some compilers' intrinsics do not say that a tile load reads memory, and may move a store past it.
 #pragma once
-#include "lanes.hpp"
+#include <cstddef>
+#include <cstdint>
 
 #if defined(__AMX_TILE__)
 namespace native {
@@ -39,12 +40,15 @@ template <int TILE> inline void tile_zero() { asm volatile("tilezero %%tmm%c0" :
 template <int C, int A, int B> inline void tile_dot_bf16() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
-// C += A · B: exactly, in int32, with both signed, or A unsigned.
+// C += A · B: exactly, in int32, with both signed, or one of them unsigned.
 template <int C, int A, int B> inline void tile_dot_int8() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 template <int C, int A, int B> inline void tile_dot_uint8_int8() {
     asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+template <int C, int A, int B> inline void tile_dot_int8_uint8() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
 }  // namespace NATIVE_LEVEL

@@ -22,7 +22,7 @@ from cpmcu.rope import RopeTable
 from cpmcu.sparse import COARSE_FACTOR
 from cpmcu.spec import ModelSpec
 
-_BLOCK = 12  # tokens of a block of packed rows
+_BLOCK = 48  # packed rows come in blocks of 12 or 16
 _MOST_COLUMNS, _MOST_HEAD = 1 << 15, 2048  # what a thread's stack holds
 
 
@@ -179,7 +179,7 @@ class Decoder:
                 return self._packs[key]
             tokens, integers = -(-self.chunk // _BLOCK) * _BLOCK, m.kind in (c.INT8, c.INT4)
             groups = m.cols // m.group if integers else 0
-            size = {c.FLOAT32: 4, c.BFLOAT16: 2}.get(m.kind, 1)
+            size = 4 if m.kind == c.FLOAT32 else 2  # integers too: in bfloat16, in tiles
             data = self._room(tokens, m.cols * size, torch.uint8)
             scales = self._room(tokens, groups, torch.float32)
             offsets = self._room(tokens, groups, torch.int32)
