@@ -27,6 +27,7 @@ COPIES = {
     "_native.py": NATIVE,
     "native/Native.cmake": [*NATIVE, "ultraclean"],
     "native/amx.hpp": [*ATTENTION, "bitcpm"],
+    "native/amx_attend.hpp": ATTENTION,
     "native/attend.hpp": ATTENTION,
     "native/attend_args.h": ATTENTION,
     "native/broadcast_gemm.hpp": ATTENTION,

@@ -4,7 +4,7 @@
 // three ways, all exact: each token with its own blocks; a vector's worth of tokens with the union of theirs; the
 // whole tile with its union, which is dense attention with holes and so never costs much more than that.
 #pragma once
-#include "rows.hpp"
+#include "amx_attend.hpp"
 
 namespace native {
 inline namespace NATIVE_LEVEL {
@@ -36,11 +36,29 @@ inline int64_t active_groups(const native_shape &s, int64_t first, int64_t count
     return found;
 }
 
+// Whether a call's rows go through tiles of AMX: whatever their units of work, so that results do not depend on those.
+template <class Format> inline bool on_tiles(const native_attend_args *a) {
+#if defined(__AMX_BF16__)
+    return std::is_same_v<typename Format::Source, bf16> && a->splits == 1 && a->shape.queries * a->shape.group >= 32;
+#else
+    return (void)a, false;
+#endif
+}
+
 // Block by block: what reading and repacking a block costs is shared by the tokens that visit it, and lane groups
 // without such a token are left out. A narrow vector takes half the time and holds fewer tokens.
 template <class Narrow, class Wide>
 void attend_tile(const native_attend_args *a, char *work, int64_t b, int64_t h, int64_t first, int64_t count, const int32_t *lists) {
     const native_shape &s = a->shape;
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<typename Wide::Source, bf16>)
+        if (on_tiles<Wide>(a)) {
+            TileUnit<typename Wide::Cached> unit(a, work, b, h, first, count);
+            if (lists) find_visitors(s, a->block_size, lists, a->width, first, count, unit.visitors);
+            lists ? unit.visit_union() : unit.visit_all();
+            return unit.finish();
+        }
+#endif
     constexpr int narrow = Narrow::Lanes::L, wide = Wide::Lanes::L;
     if (count == 1) {
         const auto alone = [&](auto &&unit) { unit.visit_all(lists, a->width, 0, 1), unit.finish(); };
@@ -83,9 +101,10 @@ template <class Format> void attend_split(const native_attend_args *a, int32_t i
 }
 
 template <class Narrow, class Wide> void attend(const native_attend_args *a, int32_t ith, int32_t nth, bool merging) {
-    if (a->blocks && a->splits == 1)
+    if (on_tiles<Wide>(a) || (a->blocks && a->splits == 1))
         for_tiles(a->shape, a->tile, 1, ith, nth, [&](auto b, auto h, auto first, auto count, auto pair, auto) {
-            attend_tile<Narrow, Wide>(a, a->work + ith * a->work_stride, b, h, first, count, a->blocks + (pair * a->shape.queries + first) * a->width);
+            const int32_t *lists = a->blocks ? a->blocks + (pair * a->shape.queries + first) * a->width : nullptr;
+            attend_tile<Narrow, Wide>(a, a->work + ith * a->work_stride, b, h, first, count, lists);
         });
     else if (a->tile * a->shape.group <= Narrow::Lanes::L)
         attend_split<Narrow>(a, ith, nth, merging);

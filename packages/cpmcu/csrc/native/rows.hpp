@@ -34,7 +34,7 @@ inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 inline int64_t most_lanes(const native_shape *s) { return round_up(s->group > MOST_ROWS ? s->group : MOST_ROWS, 16); }
 
 // Bytes a thread, for blocks of `block_size` keys.
-inline int64_t attend_work(const native_shape *s, int64_t block_size) {
+inline int64_t attend_rows_work(const native_shape *s, int64_t block_size) {
     const int64_t lanes = most_lanes(s);
     return 4 * (lanes * (2 * s->dim + 4) + 2 * (TILE + 1) * 16 + 2 * TILE * s->dim) + 16 * (s->keys / block_size + 1) + 1024;
 }
