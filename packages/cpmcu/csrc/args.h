@@ -39,9 +39,9 @@ typedef struct {
 
 // What a matrix is multiplied by: T rows of `cols` numbers, in blocks of 12 tokens (one token alone: a block of 1).
 // Within a block of W: floats [cols][W], bfloat16 [cols / 2][W][2], int8 [cols / 4][W][4]; ROWS: floats [T][cols]. For
-// integers, with the
-// groups of the matrix, `scales` [block][cols / group][W] and `offsets` likewise: minus the matrix's zero point times the
-// sum of the group.
+// integers, with the groups of the matrix, `scales` [block][cols / group][W] and `offsets` likewise: minus the matrix's zero
+// point times the sum of the group. Or, where there are matrix tiles and the step has many tokens, blocks of 16 tokens in
+// bfloat16, [cols / 32][16][32], whatever the kind but FLOAT32. Room for both: T up to a multiple of 48, 2 bytes a column.
 typedef struct {
     void *data;
     float *scales;
@@ -77,14 +77,16 @@ typedef struct {
     int32_t dtype, unused;
 } cpmcu_pack_args;
 
-// packed = silu(gate) * up, of [T, 2 F].
+// packed = silu(gate) * up, of [T, 2 F]; nothing, if the product with `weights` before it has done that.
 typedef struct {
     const cpmcu_step *step;
     const float *gate_up;
     cpmcu_packed to;
+    cpmcu_matrix weights;
 } cpmcu_swiglu_args;
 
-// out [T, rows] = alpha * packed · weightsᵀ + bias; or out += alpha * the product if `add`.
+// out [T, rows] = alpha * packed · weightsᵀ + bias; or out += alpha * the product if `add`. With `gated.data`, and where the
+// step is multiplied in tiles (tiles.hpp), not `out` but `gated` = silu(first half) * second half of the rows.
 typedef struct {
     const cpmcu_step *step;
     cpmcu_matrix weights;
@@ -95,6 +97,7 @@ typedef struct {
     int64_t work_stride;
     float alpha;
     int32_t add, last, unused;
+    cpmcu_packed gated;
 } cpmcu_multiply_args;
 
 // x [T, width] += alpha * y.

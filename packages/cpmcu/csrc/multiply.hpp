@@ -190,26 +190,60 @@ struct Product {
     }
 
 #if defined(__AMX_TILE__)
-    template <bool TWO, int R> void tile_part(int64_t p, const uint16_t *w, int64_t token) const {
-        alignas(64) float out[2 * R * TILE_TOKENS * ROWS];
-        tile_products<TWO, R>(static_cast<const uint16_t *>(a.from.data) + token * m.cols, w, ROWS * m.cols, m.cols, out);
-        const int64_t left = tokens - token;
-        for (int r = 0; r < R; ++r) finish(p + r, token, left < 2 * TILE_TOKENS ? left : 2 * TILE_TOKENS, out + r * 2 * TILE_TOKENS * ROWS);
+    // Panel p, and another one if there are two, in bfloat16; `second`: how many numbers after the first the other is.
+    const uint16_t *tile_weights(int64_t p, int64_t other, int count, ptrdiff_t *second) const {
+        const uint8_t *data = static_cast<const uint8_t *>(m.data);
+        if (m.kind == CPMCU_BFLOAT16) {
+            *second = (other - p) * panel_bytes(m) / 2;
+            return reinterpret_cast<const uint16_t *>(data + p * panel_bytes(m));
+        }
+        uint16_t *wide = reinterpret_cast<uint16_t *>(aligned_work());
+        *second = ROWS * m.cols;
+        for (int r = 0; r < count; ++r) {
+            const int64_t panel = r ? other : p;
+            const uint8_t *from = data + panel * panel_bytes(m);
+            const uint16_t *scales = m.scales + panel * (m.cols / m.group) * ROWS;
+            m.kind == CPMCU_INT4 ? widen_to_pairs<4>(from, scales, m.cols, m.group, wide + r * *second)
+                                 : widen_to_pairs<8>(from, scales, m.cols, m.group, wide + r * *second);
+        }
+        return wide;
     }
 
-    template <int R> void tiles(int64_t p) const {
-        const uint8_t *from = static_cast<const uint8_t *>(m.data) + p * panel_bytes(m);
-        const uint16_t *w = reinterpret_cast<const uint16_t *>(from);
-        if (m.kind != CPMCU_BFLOAT16) {
-            uint16_t *wide = reinterpret_cast<uint16_t *>(aligned_work());
-            for (int r = 0; r < R; ++r, from += panel_bytes(m)) {
-                const uint16_t *scales = m.scales + (p + r) * (m.cols / m.group) * ROWS;
-                m.kind == CPMCU_INT4 ? widen_to_pairs<4>(from, scales, m.cols, m.group, wide + r * ROWS * m.cols)
-                                     : widen_to_pairs<8>(from, scales, m.cols, m.group, wide + r * ROWS * m.cols);
-            }
-            w = wide;
+    // f(token, count, products [R][32][16]) for all tokens and panel p, and another one if R is 2.
+    template <int R, class F> void tiles(int64_t p, int64_t other, F f) const {
+        ptrdiff_t second;
+        const uint16_t *w = tile_weights(p, other, R, &second);
+        for (int64_t t = 0; t < tokens; t += 2 * TILE_TOKENS) {
+            alignas(64) float out[2 * R * TILE_TOKENS * ROWS];
+            const uint16_t *rows = static_cast<const uint16_t *>(a.from.data) + t * m.cols;
+            const int64_t left = tokens - t;
+            left > TILE_TOKENS ? tile_products<true, R>(rows, w, second, m.cols, out) : tile_products<false, R>(rows, w, second, m.cols, out);
+            f(t, left < 2 * TILE_TOKENS ? left : 2 * TILE_TOKENS, out);
         }
-        for (int64_t t = 0; t < tokens; t += 2 * TILE_TOKENS) tokens - t > TILE_TOKENS ? tile_part<true, R>(p, w, t) : tile_part<false, R>(p, w, t);
+    }
+
+    void in_tiles(int64_t begin, int64_t end) const {
+        const Tiles configured;
+        int64_t p = begin;
+        for (; p + 2 <= end; p += 2)
+            tiles<2>(p, p + 1, [&](int64_t token, int64_t count, const float *out) {
+                for (int r = 0; r < 2; ++r) finish(p + r, token, count, out + r * 2 * TILE_TOKENS * ROWS);
+            });
+        for (; p < end; ++p) tiles<1>(p, p, [&](int64_t token, int64_t count, const float *out) { finish(p, token, count, out); });
+    }
+
+    // Gates and what they let through side by side: panels [begin, end) of either half.
+    void gated_in_tiles(int64_t begin, int64_t end) const {
+        const Tiles configured;
+        const int64_t cols = a.gated.cols;
+        for (int64_t p = begin; p < end; ++p)
+            tiles<2>(p, p + cols / ROWS, [&](int64_t token, int64_t count, const float *out) {
+                alignas(64) float y[ROWS];
+                for (int64_t t = 0; t < count; ++t, out += ROWS) {
+                    gated(out, out + 2 * TILE_TOKENS * ROWS, ROWS, y);
+                    place_some_in_tiles(y, cols, token + t, p * ROWS, static_cast<uint16_t *>(a.gated.data));
+                }
+            });
     }
 #endif
 };
@@ -221,13 +255,11 @@ inline int32_t multiply(const cpmcu_multiply_args &a, int32_t ith, int32_t nth) 
     const Product product{a, m, one ? 1 : a.step->tokens, a.work + ith * a.work_stride};
     const int64_t panels = panels_of(m), begin = ith * panels / nth, end = (ith + 1) * panels / nth;
 #if defined(__AMX_TILE__)
-    if (in_tiles(m.kind, m.cols, a.step->tokens)) {
-        const Tiles configured;
-        int64_t p = begin;
-        for (; p + 2 <= end; p += 2) product.tiles<2>(p);
-        for (; p < end; ++p) product.tiles<1>(p);
-        return 0;
+    if (gated_in_tiles(m, a.gated, a.step->tokens)) {
+        const int64_t half = panels / 2;
+        return product.gated_in_tiles(ith * half / nth, (ith + 1) * half / nth), 0;
     }
+    if (in_tiles(m.kind, m.cols, a.step->tokens)) return product.in_tiles(begin, end), 0;
 #endif
     if (product.tokens == 1) return product.vector(begin, end), 0;
     // So many tokens at a time that they and their results stay in the second-level cache.

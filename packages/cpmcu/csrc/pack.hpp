@@ -1,7 +1,6 @@
 // Rows of floats as a matrix wants them, in blocks of tokens; and what happens to them on the way: normalisation,
 // gating.
 #pragma once
-#include "formats.hpp"
 #include "multiply.hpp"
 
 namespace native {
@@ -106,22 +105,9 @@ inline int32_t pack(const cpmcu_pack_args &a, int32_t ith, int32_t nth) {
     return 0;
 }
 
-// silu(gate) * up.
-inline void gated(const float *gate, const float *up, int64_t n, float *y) {
-    using Lanes = Wide;
-    constexpr int L = Lanes::L;
-    int64_t i = 0;
-    const auto minus_log2e = Lanes::set(-LOG2E), one = Lanes::set(1.f);
-    for (; i + L <= n; i += L) {
-        const auto x = Lanes::load(gate + i);
-        const auto below = Lanes::add(one, Lanes::exp2(Lanes::mul(x, minus_log2e)));
-        Lanes::store(y + i, Lanes::div(Lanes::mul(x, Lanes::load(up + i)), below));
-    }
-    for (; i < n; ++i) y[i] = gate[i] * up[i] / (1.f + std::exp(-gate[i]));
-}
-
 inline int32_t swiglu(const cpmcu_swiglu_args &a, int32_t ith, int32_t nth) {
     const int64_t F = a.to.cols, T = a.step->tokens;
+    if (gated_in_tiles(a.weights, a.to, T)) return 0;
     float y[MOST_COLUMNS];
     for_share(T, ith, nth, [&](int64_t token) {
         const float *gate = a.gate_up + token * 2 * F;

@@ -5,6 +5,7 @@
 // bfloat16, [cols / 2][16][2], is a row of tiles as it is.
 #pragma once
 #include "args.h"
+#include "formats.hpp"
 #include "panel.hpp"
 #if defined(__AMX_TILE__)
 #include "amx.hpp"
@@ -28,7 +29,33 @@ inline bool in_tiles(int32_t kind, int64_t cols, int64_t tokens) {
 #endif
 }
 
+// Whether the product with `m` hands on silu(first half of its rows) * second half, laid out for tiles in `to`.
+inline bool gated_in_tiles(const cpmcu_matrix &m, const cpmcu_packed &to, int64_t tokens) {
+    return to.data && to.cols % ROWS == 0 && in_tiles(m.kind, m.cols, tokens) && in_tiles(to.kind, to.cols, tokens);
+}
+
+// silu(gate) * up.
+inline void gated(const float *gate, const float *up, int64_t n, float *y) {
+    using Lanes = Wide;
+    constexpr int L = Lanes::L;
+    int64_t i = 0;
+    const auto minus_log2e = Lanes::set(-LOG2E), one = Lanes::set(1.f);
+    for (; i + L <= n; i += L) {
+        const auto x = Lanes::load(gate + i);
+        const auto below = Lanes::add(one, Lanes::exp2(Lanes::mul(x, minus_log2e)));
+        Lanes::store(y + i, Lanes::div(Lanes::mul(x, Lanes::load(up + i)), below));
+    }
+    for (; i < n; ++i) y[i] = gate[i] * up[i] / (1.f + std::exp(-gate[i]));
+}
+
 #if defined(__AMX_TILE__)
+
+// Columns [column, column + 16) of row `token`.
+inline void place_some_in_tiles(const float *x, int64_t cols, int64_t token, int64_t column, uint16_t *data) {
+    uint16_t *to = data + token / TILE_TOKENS * TILE_TOKENS * cols + column / TILE_COLUMNS * TILE_TOKENS * TILE_COLUMNS +
+                   token % TILE_TOKENS * TILE_COLUMNS + column % TILE_COLUMNS;
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x)));
+}
 
 // Row `token` from floats [cols].
 inline void place_in_tiles(const float *x, int64_t cols, int64_t token, uint16_t *data) {

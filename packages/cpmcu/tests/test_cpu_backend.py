@@ -67,7 +67,7 @@ def product(matrix, x, pool, *, bias=None, out=None, alpha=1.0):
     norm = c.NormArgs(at, x.data_ptr(), ones.data_ptr(), packed, 0.0, 1.0, 0, 0)
     multiply = c.MultiplyArgs(
         at, m, packed, result.data_ptr(), c.address(bias), work.data_ptr(), size, alpha,
-        out is not None, 0, 0,
+        out is not None, 0, 0, c.Packed(),
     )  # fmt: skip
     pool.run(c.Records([("norm", norm), ("multiply", multiply)]))
     return result

@@ -118,8 +118,9 @@ class Decoder:
                                 spec.head_dim, c.DTYPES[self.dtype], 0)),
             *self._multiply(layer.output, self._x, add=spec.residual_scale),
             *self._norm(layer.ffn_norm, layer.gate_up),
-            *self._multiply(layer.gate_up, self._gate_up),
-            ("swiglu", c.SwigluArgs(self._at, self._gate_up.data_ptr(), hidden)),
+            *self._multiply(layer.gate_up, self._gate_up, gated=hidden),
+            ("swiglu", c.SwigluArgs(self._at, self._gate_up.data_ptr(), hidden,
+                                    layer.gate_up.struct)),
             *self._multiply(layer.down, self._x, add=spec.residual_scale),
         ]  # fmt: skip
 
@@ -139,11 +140,15 @@ class Decoder:
 
     def _multiply(
         self, matrix: PackedMatrix | TernaryWeights, out: Tensor, *, bias: Tensor | None = None,
-        add: float | None = None,
+        add: float | None = None, gated: Any = None,
     ) -> list[tuple[str | int, Any]]:  # fmt: skip
-        """out = the product with what is packed for the matrix, + bias; or out += add * it."""
+        """out = the product with what is packed for the matrix, + bias; or out += add * it.
+        `gated`: where it may hand on what swiglu makes of it.
+        """
         if isinstance(matrix, PackedMatrix):
-            return [("multiply", self._arguments(matrix, out, bias=bias, add=add))]
+            args = self._arguments(matrix, out, bias=bias, add=add)
+            args.gated = gated or c.Packed()
+            return [("multiply", args)]
         rows, cols = matrix.matrix.shape
         self._packed(matrix)
         x = self._rows[cols].view(self.chunk, cols)
@@ -163,7 +168,7 @@ class Decoder:
         return c.MultiplyArgs(
             self._at, matrix.struct, self._packed(matrix), c.address(out), c.address(bias),
             self._work.data_ptr(), self._work_size, 1.0 if add is None else add, add is not None,
-            last, 0,
+            last, 0, c.Packed(),
         )  # fmt: skip
 
     def _packed(self, reader: PackedMatrix | TernaryWeights) -> Any:

@@ -97,12 +97,15 @@ PackArgs = _structure(
     _fields(c_void_p, "step out"),
     [("to", Packed), *_fields(c_int64, "heads dim"), *_fields(c_int32, "dtype unused")],
 )
-SwigluArgs = _structure("SwigluArgs", _fields(c_void_p, "step gate_up"), [("to", Packed)])
+SwigluArgs = _structure(
+    "SwigluArgs", _fields(c_void_p, "step gate_up"), [("to", Packed), ("weights", Matrix)]
+)
 MultiplyArgs = _structure(
     "MultiplyArgs",
     [("step", c_void_p), ("weights", Matrix), ("source", Packed)],
     _fields(c_void_p, "out bias work"),
     [("work_stride", c_int64), ("alpha", c_float), *_fields(c_int32, "add last unused")],
+    [("gated", Packed)],
 )
 AddArgs = _structure(
     "AddArgs",
