@@ -19,6 +19,7 @@ from gguf.quants import quantize  # noqa: E402
 
 import testbed  # noqa: E402
 from cpmcu import Engine  # noqa: E402
+from testbed import triton_without_gpu  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -162,3 +163,21 @@ def write_gguf(model, path, arch, *, kind=GGMLQuantizationType.F32, factors=None
 def to_gguf():
     """write_gguf, for test modules: they cannot import this one."""
     return write_gguf
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """Runs a check of the GPU backend in the process that has Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    with triton_without_gpu.interpreter() as run:
+        yield run
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def on_gpu(request):
+    """Runs a check of the GPU backend: in the interpreter, and compiled if there is a GPU."""
+    if request.param == "interpreter":
+        return request.getfixturevalue("interpreter")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return lambda check, *args: check("cuda", *args)

@@ -75,8 +75,8 @@ def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if native_bf16() else torch.float32
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {name!r}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', got {name!r}")
     return dtype
 
 
@@ -89,7 +89,7 @@ def native_bf16() -> bool:
 
 
 # Bits of a weight, the scale of its group included: of 32, or of 128 where ternary.
-_BITS = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5, "ternary": 1.75}
+_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8.5, "int4": 4.5, "ternary": 1.75}
 
 
 def resolve_quant(quant: str, dtype: torch.dtype, stored: str | None = None) -> str:

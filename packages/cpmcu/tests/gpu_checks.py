@@ -1,0 +1,196 @@
+"""Checks of the GPU backend, run in Triton's interpreter by test_gpu_*.py, or on a GPU.
+
+Each takes the device first. In the interpreter they run in a process of their own: Triton reads
+TRITON_INTERPRET when it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cpmcu import Engine, SparseAttention
+
+SMALL = SparseAttention(
+    kernel_size=8, kernel_stride=4, block_size=16, init_blocks=1, window_size=32, topk=3,
+    dense_len=100,
+)  # fmt: skip
+
+
+def ids_of(count: int, seed: int = 3) -> list[int]:
+    return torch.randint(256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+# --- products
+
+
+def product(device: str, bits: int, group: int, O: int, I: int, dtype: torch.dtype) -> None:
+    """Errors against float64 are at most twice those of PyTorch on the dequantised weights."""
+    from cpmcu.codes import nearest
+    from cpmcu.gpu_weights import IntWeights
+    from cpmcu.triton_linear import multiply
+
+    generator = torch.Generator().manual_seed(O + I)
+    weight = torch.randn(O, I, generator=generator)
+    weight[0, :group] = 0.0
+    codes = nearest(weight, bits, group)
+    packed = IntWeights.of(codes, torch.device(device))
+    assert packed.shape == (O, I) and packed.group == group
+    everything = torch.arange(O, device=device)
+    assert torch.equal(packed.rows(everything, torch.float32).cpu(), codes.dequantise())
+    for T in (1, 3, 17, 130):
+        x = torch.randn(T, 2 * I, generator=generator).to(dtype)[:, :I].to(device)
+        bias = torch.randn(O, generator=generator).to(device, dtype) if T in (1, 17) else None
+        got = multiply(x, packed, bias)
+        assert got.dtype == dtype and got.shape == (T, O)
+        truth = x.double() @ codes.dequantise().double().to(device).T
+        truth = truth if bias is None else truth + bias.double()
+        plain = torch.nn.functional.linear(x, codes.dequantise(dtype).to(device), bias)
+        ours, theirs = ((y.double() - truth).norm() for y in (got, plain))
+        assert ours <= 2 * theirs, (bits, group, O, I, T, dtype, float(ours), float(theirs))
+    assert multiply(torch.empty(0, I, dtype=dtype, device=device), packed).shape == (0, O)
+
+
+def refused_products(device: str) -> None:
+    """An error that says what was expected."""
+    from cpmcu.codes import nearest
+    from cpmcu.gpu_weights import IntWeights
+    from cpmcu.triton_linear import multiply
+
+    weights = IntWeights.of(nearest(torch.ones(4, 64), 4, 32), torch.device(device))
+    for x in (torch.ones(2, 32), torch.ones(64), torch.ones(2, 128)[:, ::2]):
+        with pytest.raises(ValueError, match=r"x must be \[tokens, 64\]"):
+            multiply(x.to(device), weights)
+
+
+# --- attention of one token
+
+
+def decode(
+    device: str, G: int, K: int, D: int, dtype: torch.dtype, window: int | None = None
+) -> None:
+    """One launch for every length, whatever lies behind it, against float64."""
+    from cpmcu import triton_decode
+
+    S = 300
+    generator = torch.Generator().manual_seed(G + D)
+    k, v = torch.randn(2, K, S, D, generator=generator).to(device, dtype)
+    for length in (1, 63, 64, 65, 200, 300):
+        q = torch.randn(K * G, D, generator=generator).to(device, dtype)
+        k[:, length:] = v[:, length:] = float("nan")
+        at = torch.tensor([length - 1], device=device)
+        got = triton_decode.decode(q, k, v, at, window=window)
+        first = max(0, length - (window or length))
+        seen = [x[None, :, first:length].double() for x in (k, v)]
+        attention = torch.nn.functional.scaled_dot_product_attention
+        truth = attention(q[None, :, None].double(), *seen, enable_gqa=True)[0, :, 0]
+        limit = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+        assert got.dtype == dtype and (got.double() - truth).abs().max() < limit, length
+        k, v = torch.randn(2, K, S, D, generator=generator).to(device, dtype)
+
+
+def compression(device: str, K: int, D: int, dtype: torch.dtype) -> None:
+    """Token by token the bits of infllm2's compression of the whole."""
+    from cpmcu import triton_compress
+    from infllm2 import InfLLMv2Config
+    from infllm2.compression import compress_keys
+
+    S = 101
+    k = torch.randn(K, S, D, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    config = InfLLMv2Config(kernel_size=8, kernel_stride=4, block_size=16, window_size=32)
+    wanted = compress_keys(k[None], config)
+    got = [torch.full_like(x[0], float("nan")) for x in wanted]
+    for position in range(S):
+        triton_compress.compress(k, *got, torch.tensor([position], device=device), SMALL)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert torch.equal(ours, theirs[0])
+
+
+# --- the engine
+
+
+def engine(folder: Path, backend: str, **options: Any) -> Engine:
+    return Engine.from_pretrained(folder, backend=backend, **options)
+
+
+@contextlib.contextmanager
+def large_tiles(device: str) -> Iterator[None]:
+    """Few programs: in the interpreter each takes its time."""
+    from cpmcu import triton_decode, triton_linear
+
+    names = {"ROWS": 512, "TILE_ROWS": 512, "BYTES": 32, "TILE_COLUMNS": 32, "PROGRAMS": 1}
+    before = {name: getattr(triton_linear, name) for name in names}
+    programs = triton_decode.PROGRAMS
+    try:
+        if device == "cpu":
+            for name, value in names.items():
+                setattr(triton_linear, name, value)
+            triton_decode.PROGRAMS = 1
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(triton_linear, name, value)
+        triton_decode.PROGRAMS = programs
+
+
+def logits_equal_the_reference(
+    device: str, folder: Path, dtype: str, quant: str, limit: float, **options: Any
+) -> None:
+    """Whole prompts, chunks, single tokens, after a rollback: the same weights in float32."""
+    with large_tiles(device):
+        _logits_equal(device, folder, dtype, quant, limit, options)
+
+
+def _logits_equal(
+    device: str, folder: Path, dtype: str, quant: str, limit: float, options: dict[str, Any]
+) -> None:
+    ours = engine(folder, "gpu", dtype=dtype, quant=quant, **options)
+    assert ours.backend == "gpu" and ours._decoder.device.type == device
+    wanted = truth(folder, dtype, quant, options)
+    ids = ids_of(31)
+    rows = wanted.logits(ids)
+    scale = float(rows.abs().max())
+
+    def near(got: torch.Tensor, at: int) -> None:
+        error = float((got - rows[at]).abs().max())
+        assert got.dtype == torch.float32 and error < limit * scale, (at, error / scale)
+
+    whole = ours.logits(ids)
+    assert whole.shape == rows.shape and (whole - rows).abs().max() < limit * scale
+    ours.rollback(7)
+    near(ours.prefill(ids[7:28]), 27)
+    ours.prefill(ids_of(9, seed=9))
+    ours.rollback(28)
+    near(ours.decode(ids[28]), 28)
+    near(ours.decode(ids[29]), 29)
+
+
+def truth(folder: Path, dtype: str, quant: str, options: dict[str, Any]) -> Engine:
+    """The reference in float32, its weights the numbers that `quant` holds."""
+    from cpmcu import reference
+    from cpmcu.loader import Source
+    from cpmcu.rounding import rounded
+    from cpmcu.tensors import load
+
+    plain = engine(folder, "reference", dtype="float32", **options)
+    source = Source(folder)
+    weights = load(source, getattr(torch, dtype))
+
+    def held(weight: torch.Tensor, kind: str) -> torch.Tensor:
+        return rounded(weight, kind)
+
+    outer = "int8" if quant in ("int4", "ternary") else quant
+    weights.layers = [
+        layer.mapped(lambda w: held(w, quant), lambda x: x.float()) for layer in weights.layers
+    ]
+    weights.embedding = held(weights.embedding, outer)
+    weights.head = weights.embedding if source.spec.tie else held(weights.head, outer)
+    weights.norm = weights.norm.float()
+    plain._decoder.weights = weights
+    assert isinstance(plain._decoder, reference.Decoder)
+    return plain
