@@ -7,12 +7,15 @@ TRITON_INTERPRET when it is imported.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpmcu import Engine, SparseAttention
 
@@ -123,19 +126,19 @@ def large_tiles(device: str) -> Iterator[None]:
     """Few programs: in the interpreter each takes its time."""
     from cpmcu import triton_decode, triton_linear
 
-    names = {"ROWS": 512, "TILE_ROWS": 512, "BYTES": 32, "TILE_COLUMNS": 32, "PROGRAMS": 1}
-    before = {name: getattr(triton_linear, name) for name in names}
-    programs = triton_decode.PROGRAMS
-    try:
-        if device == "cpu":
-            for name, value in names.items():
-                setattr(triton_linear, name, value)
-            triton_decode.PROGRAMS = 1
+    changes = [
+        *((triton_linear, name, 512) for name in ("ROWS", "TILE_ROWS")),
+        *((triton_linear, name, 32) for name in ("BYTES", "TILE_COLUMNS")),
+        *((module, "PROGRAMS", 1) for module in (triton_linear, triton_decode)),
+    ]
+    if importlib.util.find_spec("infllm2") is not None:
+        from infllm2.backends import triton_launch
+
+        changes.append((triton_launch, "PROGRAMS", 2))
+    with contextlib.ExitStack() as stack:
+        for module, name, value in changes if device == "cpu" else ():
+            stack.enter_context(mock.patch.object(module, name, value))
         yield
-    finally:
-        for name, value in before.items():
-            setattr(triton_linear, name, value)
-        triton_decode.PROGRAMS = programs
 
 
 def logits_equal_the_reference(
@@ -194,3 +197,111 @@ def truth(folder: Path, dtype: str, quant: str, options: dict[str, Any]) -> Engi
     plain._decoder.weights = weights
     assert isinstance(plain._decoder, reference.Decoder)
     return plain
+
+
+def sparse_equals_the_reference(device: str, folder: Path, dtype: str, limit: float) -> None:
+    """Dense tokens, then sparse ones, in chunks and one by one, and after a rollback."""
+    with large_tiles(device):
+        ours = engine(folder, "gpu", dtype=dtype, sparse=SMALL)
+        ids = ids_of(124)
+        rows = engine(folder, "reference", dtype="float32", sparse=SMALL).logits(ids)
+        dense = engine(folder, "reference", dtype="float32", sparse="off").logits(ids)
+        scale = float(rows.abs().max())
+        assert (rows - dense).abs().max() > 2 * limit * scale
+        got = [ours.prefill(ids[:97])]
+        got += [ours.decode(i) for i in ids[97:101]]  # the switch is among them
+        got.append(ours.prefill(ids[101:118]))
+        ours.prefill(ids_of(9, seed=9))
+        ours.rollback(107)
+        got.append(ours.prefill(ids[107:121]))
+        got += [ours.decode(i) for i in ids[121:]]
+        at = [96, *range(97, 101), 117, 120, *range(121, 124)]
+        assert (torch.stack(got) - rows[at]).abs().max() < limit * scale
+        assert sum(len(steps) for _, steps in ours._decoder._steps.values()) == 2
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the CPU wait for the GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), name
+        return func(*args, **(kwargs or {}))
+
+
+def a_step_reads_static_tensors(device: str, folder: Path, sparse: bool) -> None:
+    """Made once, it is right wherever its two numbers say, and never waits: as a graph needs it."""
+    with large_tiles(device), torch.inference_mode():
+        options = {"dtype": "float32", "quant": "auto" if sparse else "int8"}
+        options["sparse"] = SMALL if sparse else "off"
+        ours, other = (engine(folder, "gpu", **options) for _ in range(2))
+        ids = ids_of(113)
+        ours.prefill(ids[:109])
+        decoder, cache = ours._decoder, ours._cache
+        cache.reserve(113)
+        step = decoder._step(cache, sparse=sparse, long=False)
+        found = []
+        for position in (*range(109, 113), 110):
+            step.token.fill_(ids[position])
+            step.position.fill_(position)
+            with NoWaiting():
+                found.append(step.compute(step.token, step.position)[0])
+        other.prefill(ids[:109])
+        wanted = [other.decode(i) for i in ids[109:]]
+        wanted.append(wanted[1])
+        for got, expected in zip(found, wanted, strict=True):
+            assert torch.equal(got.float().cpu(), expected)
+        assert decoder._step(cache, sparse=sparse, long=False) is step
+        cache.reserve(5000 if device == "cuda" else 400)
+        assert decoder._step(cache, sparse=sparse, long=False) is not step
+        assert (step.reason == "") == (device == "cuda")
+
+
+def sessions_are_apart_and_go_on_from_disk(device: str, folder: Path, target: Path) -> None:
+    """Two sessions take turns; a file of one is the other's."""
+    with large_tiles(device):
+        made = engine(folder, "gpu", dtype="float32", sparse=SMALL)
+        ids = ids_of(108)
+        made.prefill(ids[:105])
+        made.save(target)
+        wanted = [made.decode(i) for i in ids[105:]]
+        other = made.session()
+        other.prefill(ids[50:90])
+        made.rollback(106)
+        for i, expected in zip(ids[106:], wanted[1:], strict=True):
+            other.decode(i)
+            assert torch.equal(made.decode(i), expected)
+        other.restore(target)
+        assert other.tokens == ids[:105]
+        assert torch.equal(other.decode(ids[105]), wanted[0])
+        made.reset()
+        text = made.generate(token_ids=ids[:60], max_new_tokens=3)
+        plain = engine(folder, "reference", dtype="float32").generate(
+            token_ids=ids[:60], max_new_tokens=3
+        )
+        assert text.token_ids == plain.token_ids
+
+
+def ternary_equals_the_reference(device: str, folder: Path) -> None:
+    """Weights that are ternary, exactly; what is not, and embedding and head, in 8 bits."""
+    from cpmcu.gpu_weights import IntWeights, TernaryWeights
+
+    with large_tiles(device):
+        ours = engine(folder, "gpu", dtype="float32", quant="ternary")
+        layers = ours._decoder.weights.layers
+        assert isinstance(layers[0].down, TernaryWeights)
+        assert isinstance(ours._decoder.weights.head, IntWeights)
+        ids = ids_of(31)
+        rows = engine(folder, "reference", dtype="float32").logits(ids)
+        got = [ours.prefill(ids[:28]), *(ours.decode(i) for i in ids[28:])]
+        assert (torch.stack(got) - rows[27:]).abs().max() < 3e-2 * rows.abs().max()
+
+
+def selfcheck_passes(device: str) -> None:
+    """Its lines on the GPU are there and good."""
+    from cpmcu import selfcheck
+
+    with large_tiles(device):
+        checks = [check for check in selfcheck.run() if check.backend == "gpu"]
+    assert {check.dtype for check in checks} == {*selfcheck.TOLERANCE}
+    assert all(check.available and check.passed for check in checks), checks

@@ -34,6 +34,24 @@ def test_codes_equal_the_reference(on_gpu, tiny_folder, arch, dtype, quant):
     on_gpu(gpu_checks.logits_equal_the_reference, tiny_folder(arch)[1], dtype, quant, limit)
 
 
+def test_sparse_attention_equals_the_reference(on_gpu, tiny_folder):
+    pytest.importorskip("infllm2")
+    folder = tiny_folder("llama-gqa3")[1]
+    on_gpu(gpu_checks.sparse_equals_the_reference, folder, "float32", 1e-4)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_step_reads_static_tensors(on_gpu, tiny_folder, sparse):
+    pytest.importorskip("infllm2")
+    on_gpu(gpu_checks.a_step_reads_static_tensors, tiny_folder("llama-gqa3")[1], sparse)
+
+
+def test_sessions_are_apart_and_go_on_from_disk(on_gpu, tiny_folder, tmp_path):
+    pytest.importorskip("infllm2")
+    folder = tiny_folder("llama")[1]
+    on_gpu(gpu_checks.sessions_are_apart_and_go_on_from_disk, folder, tmp_path / "session")
+
+
 def test_without_a_gpu_it_is_refused_and_never_chosen(tiny_folder):
     if gpu_device.present():
         pytest.skip("here is one")

@@ -33,6 +33,10 @@ def main(capability: int, problems: list[list[Any]]) -> None:
         blocks = torch.full((1, 1, T, config.budget), -1, dtype=torch.int32)
         leaves = [x.requires_grad_(T > 1) for x in (q, k, v)]
         out, _ = triton_backend.BACKEND.attend(*leaves, blocks, block_size=64, scale=0.1)
+        if T == 1:
+            fine, coarse = make(1, S // 16 - 1), make(1, S // 64 - 1)
+            keys = torch.ones(1, dtype=torch.int64)
+            triton_backend.BACKEND.decode(q, k, v, fine, coarse, keys, config)
         if T > 1:
             torch.autograd.grad(out, leaves, torch.zeros_like(out))
 

@@ -37,7 +37,7 @@ class Step:
         self.token, self.position = (torch.zeros(1, dtype=torch.int64, device=device)
                                      for _ in range(2))  # fmt: skip
         self.reason = "" if device.type == "cuda" else "CUDA graphs need a CUDA device"
-        self._compute, self._device, self._pool = compute, device, pool
+        self.compute, self._device, self._pool = compute, device, pool
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits = torch.empty(0)
         self._ran = False
@@ -50,7 +50,7 @@ class Step:
             self._record()
         self._ran = True
         if self._graph is None:
-            return self._compute(self.token, self.position)
+            return self.compute(self.token, self.position)
         self._graph.replay()
         return self._logits
 
@@ -63,11 +63,11 @@ class Step:
                 stream = torch.cuda.Stream()
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
-                    self._compute(self.token, self.position)
+                    self.compute(self.token, self.position)
                 torch.cuda.current_stream().wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self._pool):
-                    self._logits = self._compute(self.token, self.position)
+                    self._logits = self.compute(self.token, self.position)
         except RuntimeError as error:
             self.reason = f"the step could not be captured: {error}"
             log.warning("decoding without a CUDA graph: %s", self.reason)

@@ -122,20 +122,29 @@ class One:
     Args:
         spec: the model.
         cache: its memory is used as it is now; when it grows, make another.
+        sparse: whether the token attends to blocks.
     """
 
-    def __init__(self, spec: ModelSpec, cache: KVCache) -> None:
-        self._spec, self._layers = spec, list(cache.layers)
+    def __init__(self, spec: ModelSpec, cache: KVCache, *, sparse: bool) -> None:
+        self._spec, self._sparse, self._layers = spec, sparse, list(cache.layers)
         self._fine, self._coarse = list(cache.fine), list(cache.coarse)
 
-    def attend(self, position: Tensor, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """As `Chunk.attend`, T = 1, at `position`: int64 [1], on the GPU."""
+    def attend(self, position: Tensor, keys: Tensor, layer: int, q: Tensor, new: Tensor) -> Tensor:
+        """As `Chunk.attend`, T = 1, at `position`, the last of `keys`: int64 [1], on the GPU."""
         from cpmcu import triton_compress, triton_decode
 
         arena = self._layers[layer]
         arena.index_copy_(2, position, new)
+        k, v = arena
         if self._spec.sparse is not None:
-            compressed = self._fine[layer], self._coarse[layer]
-            triton_compress.compress(arena[0], *compressed, position, self._spec.sparse)
-        out = triton_decode.decode(q[0], *arena, position, window=self._spec.window)
+            fine, coarse = self._fine[layer], self._coarse[layer]
+            triton_compress.compress(k, fine, coarse, position, self._spec.sparse)
+        if self._sparse:
+            from infllm2 import backends
+
+            memory = (x[None] for x in (k, v, fine, coarse))
+            blocks = backends.get("triton").decode
+            out = blocks(q[None].transpose(1, 2), *memory, keys, _config(self._spec))
+        else:
+            out = triton_decode.decode(q[0], k, v, position, window=self._spec.window)
         return out.view(1, -1)

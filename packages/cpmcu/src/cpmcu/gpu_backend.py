@@ -90,8 +90,9 @@ class Decoder:
         cache.reserve(end)
         sparse = self.spec.sparse is not None and start + 1 >= self.spec.sparse.least_keys
         length = max(end, length)
-        if len(tokens) == 1 and not sparse:
-            logits = self._step(cache, long=self.spec.rope.is_long(length))(int(tokens), start)
+        if len(tokens) == 1:
+            step = self._step(cache, sparse=sparse, long=self.spec.rope.is_long(length))
+            logits = step(int(tokens), start)
         else:
             cos, sin = self._rope.rows(start, end, length=length)
             attention = Chunk(self.spec, cache, start, end, sparse=sparse)
@@ -100,25 +101,30 @@ class Decoder:
         logits = logits.float().cpu()
         return logits if every else logits[0]
 
-    def _step(self, cache: KVCache, *, long: bool) -> Step:
-        """The computation of one token of this cache, where the cache's memory is now."""
+    def _step(self, cache: KVCache, *, sparse: bool, long: bool) -> Step:
+        """The computation of one token of this cache, where the cache's memory is now: of a token
+        that attends to blocks, or to all keys, and with LongRoPE's angles of long sequences.
+        """
         at = tuple(x.data_ptr() for x in (*cache.layers, *cache.fine, *cache.coarse))
         bound, steps = self._steps.get(cache, (None, {}))
         if bound != at:
             bound, steps = self._steps[cache] = at, {}
-        if long not in steps:
+        kind = (sparse, long)
+        if kind not in steps:
             length = self.spec.rope.original_context + 1 if long else 0
             tables = self._rope.rows(0, cache.layers[0].shape[2], length=length)
-            compute = functools.partial(self._one, tables, One(self.spec, cache))
-            steps[long] = Step(compute, self.device, self._pool)
-        return steps[long]
+            attention = One(self.spec, cache, sparse=sparse)
+            compute = functools.partial(self._one, tables, attention)
+            steps[kind] = Step(compute, self.device, self._pool)
+        return steps[kind]
 
     def _one(
         self, tables: tuple[Tensor, Tensor], attention: One, token: Tensor, position: Tensor
     ) -> Tensor:
         """Logits [1, vocab] after one token; token and position int64 [1]."""
         cos, sin = (table.index_select(0, position) for table in tables)
-        return self._model(token, cos, sin, functools.partial(attention.attend, position))
+        attend = functools.partial(attention.attend, position, position + 1)
+        return self._model(token, cos, sin, attend)
 
     def _model(
         self, ids: Tensor, cos: Tensor, sin: Tensor, attend: Attend, *, every: bool = False
