@@ -298,10 +298,23 @@ def ternary_equals_the_reference(device: str, folder: Path) -> None:
 
 
 def selfcheck_passes(device: str) -> None:
-    """Its lines on the GPU are there and good."""
+    """Its lines on the GPU are there and good; in the interpreter one of them."""
     from cpmcu import selfcheck
 
-    with large_tiles(device):
+    kinds = selfcheck.TOLERANCE if device == "cuda" else {"int4": selfcheck.TOLERANCE["int4"]}
+    with large_tiles(device), mock.patch.object(selfcheck, "TOLERANCE", kinds):
         checks = [check for check in selfcheck.run() if check.backend == "gpu"]
-    assert {check.dtype for check in checks} == {*selfcheck.TOLERANCE}
+    assert [check.dtype for check in checks] == [*kinds]
     assert all(check.available and check.passed for check in checks), checks
+
+
+def takes_what_is_planned(device: str, folder: Path, quant: str, made: Any) -> None:
+    """Bytes of weights, keys and values."""
+    ours = engine(folder, "gpu", dtype="bfloat16", quant=quant, max_context=700)
+    with torch.inference_mode():
+        ours._cache.reserve(700)
+    vectors = 2 * ours.spec.hidden * (1 + 2 * ours.spec.layers)  # in bfloat16 whatever `quant`
+    bits = {"bfloat16": 16, "int8": 8.5, "int4": 4.5}[quant]
+    planned = made.weight_bytes + vectors * (1 - bits / 16)
+    assert ours._decoder.weights.nbytes == pytest.approx(planned, abs=1)
+    assert ours._cache.nbytes == made.kv_bytes

@@ -89,7 +89,8 @@ class Engine(Session):
                 there are cores is lowered to that, with a warning.
             max_context: tokens the cache may hold; None takes the model's limit, or what fits in
                 `memory_limit`.
-            memory_limit: bytes for weights, cache and activations together; None sets none.
+            memory_limit: bytes for weights, cache and activations together, of the GPU's memory
+                where that runs the model; None sets none.
             progress: called as progress(done, total) while loading.
 
         Raises:
@@ -102,10 +103,11 @@ class Engine(Session):
         compute = backends.resolve_dtype(dtype, backend, quant, spec)
         stored = backends.stored_quant(source, backend, spec, compute)
         quant = plan.resolve_quant(quant, compute, stored)
+        chosen = backends.choose(backend, quant, spec, compute)  # before memory is taken
         if memory_limit is not None:
-            max_context = plan.fit_context(spec, compute, max_context, memory_limit, quant)
+            max_context = plan.fit_context(spec, compute, max_context, memory_limit, quant,
+                                           gpu=chosen == "gpu")  # fmt: skip
         max_context = plan.check_context(max_context, spec)
-        backends.choose(backend, quant, spec, compute)  # before memory is taken
         words = tokenizer.load(source)
         keep = stored is not None and quant == source.quant
         weights = load(source, compute, codes=keep, progress=progress)

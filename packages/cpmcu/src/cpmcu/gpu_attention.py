@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from cpmcu.cache import KVCache
 from cpmcu.spec import ModelSpec
@@ -67,6 +66,8 @@ class Chunk:
             mask = torch.ones(end - start, end, dtype=torch.bool, device=cache.device)
             self._mask = mask.tril_(start).triu_(start - spec.window + 1)
         elif start:
+            from torch.nn.attention.bias import causal_lower_right  # a second to import
+
             self._mask = causal_lower_right(end - start, end)
 
     def attend(self, layer: int, q: Tensor, new: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpmcu import gpu_attention, gpu_device, ternary
+from cpmcu import gpu_attention, gpu_device, plan, ternary
 from cpmcu.cache import KVCache
 from cpmcu.codes import BITS
 from cpmcu.cuda_graph import Step
@@ -29,7 +29,6 @@ from cpmcu.rope import RopeTable
 from cpmcu.spec import ModelSpec
 from cpmcu.weights import Layer, Weights
 
-CHUNK = 2048  # tokens of a prompt at once
 # (layer, queries, new keys and values) -> attention outputs
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -65,7 +64,7 @@ class Decoder:
         device: where the weights are.
     """
 
-    chunk = CHUNK
+    chunk = plan.GPU_CHUNK
 
     def __init__(
         self, spec: ModelSpec, weights: Weights, dtype: torch.dtype, device: torch.device
@@ -77,6 +76,14 @@ class Decoder:
             weakref.WeakKeyDictionary()
         )
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def describe(self) -> str:
+        """The GPU, and whether its tokens are CUDA graphs or why not."""
+        if self.device.type != "cuda":
+            return "Triton's interpreter"
+        reasons = {s.reason for _, steps in self._steps.values() for s in steps.values()}
+        graphs = "; ".join(sorted(reasons - {""}))
+        return f"{torch.cuda.get_device_name(self.device)}, {graphs or 'CUDA graphs'}"
 
     @torch.inference_mode()
     def forward(

@@ -64,6 +64,13 @@ class Session:
         self._decoder = model.decoder
         self._cache = KVCache(model.spec, model.dtype, model.max_context, model.decoder.device)
 
+    @property
+    def place(self) -> str:
+        """What computes: so many threads, or a GPU, and whether with CUDA graphs."""
+        if self.backend == "gpu":
+            return self._decoder.describe()
+        return f"{self.threads or torch.get_num_threads()} threads"
+
     def reset(self) -> None:
         """Forget the sequence."""
         self.rollback(0)
