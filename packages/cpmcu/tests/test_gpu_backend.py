@@ -36,9 +36,9 @@ def test_sparse_attention_equals_the_reference(on_gpu, tiny_folder):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_a_step_reads_static_tensors(on_gpu, tiny_folder, sparse):
+def test_a_recorded_step_is_right_everywhere(on_gpu, tiny_folder, sparse):
     pytest.importorskip("infllm2")
-    on_gpu(gpu_checks.a_step_reads_static_tensors, tiny_folder("llama-gqa3")[1], sparse)
+    on_gpu(gpu_checks.a_recorded_step_is_right_everywhere, tiny_folder("llama-gqa3")[1], sparse)
 
 
 def test_sessions_are_apart_and_go_on_from_disk(on_gpu, tiny_folder, tmp_path):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpmcu import gpu_device
+
 log = logging.getLogger("cpmcu")
 
 
@@ -59,7 +61,7 @@ class Step:
         at their first call.
         """
         try:
-            with torch.cuda.device(self._device):
+            with gpu_device.on(self._device):
                 stream = torch.cuda.Stream()
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):

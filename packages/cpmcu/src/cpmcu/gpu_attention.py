@@ -130,6 +130,10 @@ class One:
         self._spec, self._sparse, self._layers = spec, sparse, list(cache.layers)
         self._fine, self._coarse = list(cache.fine), list(cache.coarse)
 
+    def memory(self) -> list[Tensor]:
+        """The cache's, that it reads and writes."""
+        return [*self._layers, *self._fine, *self._coarse]
+
     def attend(self, position: Tensor, keys: Tensor, layer: int, q: Tensor, new: Tensor) -> Tensor:
         """As `Chunk.attend`, T = 1, at `position`, the last of `keys`: int64 [1], on the GPU."""
         from cpmcu import triton_compress, triton_decode

@@ -93,20 +93,23 @@ class Decoder:
 
         Args and returns: as `reference.Decoder.forward`; logits on the CPU.
         """
+        with gpu_device.on(self.device):
+            logits = self._logits(tokens, cache, length, every).float().cpu()
+        cache.length += len(tokens)
+        return logits if every else logits[0]
+
+    def _logits(self, tokens: Tensor, cache: KVCache, length: int, every: bool) -> Tensor:
+        """As `forward`, on the GPU; [1, vocab] or [T, vocab]."""
         start, end = cache.length, cache.length + len(tokens)
         cache.reserve(end)
         sparse = self.spec.sparse is not None and start + 1 >= self.spec.sparse.least_keys
         length = max(end, length)
         if len(tokens) == 1:
             step = self._step(cache, sparse=sparse, long=self.spec.rope.is_long(length))
-            logits = step(int(tokens), start)
-        else:
-            cos, sin = self._rope.rows(start, end, length=length)
-            attention = Chunk(self.spec, cache, start, end, sparse=sparse)
-            logits = self._model(tokens.to(self.device), cos, sin, attention.attend, every=every)
-        cache.length = end
-        logits = logits.float().cpu()
-        return logits if every else logits[0]
+            return step(int(tokens), start)
+        cos, sin = self._rope.rows(start, end, length=length)
+        attention = Chunk(self.spec, cache, start, end, sparse=sparse)
+        return self._model(tokens.to(self.device), cos, sin, attention.attend, every=every)
 
     def _step(self, cache: KVCache, *, sparse: bool, long: bool) -> Step:
         """The computation of one token of this cache, where the cache's memory is now: of a token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 
@@ -23,7 +24,7 @@ def present() -> bool:
 def find() -> tuple[torch.device | None, str]:
     """The device, or None and the reason. In Triton's interpreter without a GPU it is the CPU."""
     if importlib.util.find_spec("triton") is None:
-        return None, "triton is not installed (pip install 'minicpm4-cpmcu[gpu]')"
+        return None, "triton is not installed (pip install 'minicpm4-cpmcu[triton]')"
     if present():
         capability = torch.cuda.get_device_capability()
         if capability < LEAST:
@@ -36,6 +37,11 @@ def find() -> tuple[torch.device | None, str]:
         f"PyTorch {torch.__version__} finds no CUDA device (torch.cuda.is_available() is False); "
         "without one the kernels run only in Triton's interpreter, for tests (TRITON_INTERPRET=1)"
     )
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Work on that GPU, which need not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def free_memory() -> int:
