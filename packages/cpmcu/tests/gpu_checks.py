@@ -128,7 +128,8 @@ def large_tiles(device: str) -> Iterator[None]:
     changes = [
         *((triton_linear, name, 512) for name in ("ROWS", "TILE_ROWS")),
         *((triton_linear, name, 32) for name in ("BYTES", "TILE_COLUMNS")),
-        *((module, "PROGRAMS", 1) for module in (triton_linear, triton_decode)),
+        *((triton_linear, name, 1) for name in ("PROGRAMS", "VECTOR_PROGRAMS")),
+        (triton_decode, "PROGRAMS", 1),
     ]
     if importlib.util.find_spec("infllm2") is not None:
         from infllm2.backends import triton_launch

@@ -18,9 +18,9 @@ F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
         (8, 32, 70, 96, F32),
         (8, 64, 1, 64, BF16),
         (8, 128, 5, 256, FP16),
-        # Columns shared among programs, the last of which has none.
-        (4, 32, 35, 1056, BF16),
-        (8, 32, 35, 1056, F32),
+        # Columns shared among programs, in one of them the last has none.
+        (4, 32, 35, 4160, BF16),
+        (8, 32, 35, 3104, F32),
     ],
 )
 def test_products(on_gpu, bits, group, O, I, dtype):

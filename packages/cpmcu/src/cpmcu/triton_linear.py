@@ -22,8 +22,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from cpmcu.gpu_weights import IntWeights
 
-PROGRAMS = 256  # fewer than this, and the columns are shared: about two for each multiprocessor
-ROWS, BYTES = 16, 128  # one token: a program's rows, and the bytes of each that it takes at a time
+# One token waits for memory: to use all of a large GPU's bandwidth, some 16 KB must be under way on
+# each of its 132 multiprocessors. A program asks for 4 KB at a time, so there should be four.
+ROWS, BYTES = 8, 512  # a program's rows, and the bytes of each that it takes at a time
+VECTOR_PROGRAMS = 512  # with fewer the columns are shared
+# Tiles: matrix units want many columns, and each part of the columns costs a result in float32.
+PROGRAMS = 256
 FEW, MANY = 16, 64  # tokens of a tile
 TILE_ROWS, TILE_COLUMNS = 64, 64
 STAGES = 3
@@ -115,9 +119,9 @@ def merge_kernel(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
-def splits(programs: int, steps: int) -> int:
-    """Parts to cut the columns into: a power of two, at most one for each of `steps`."""
-    wanted = -(-PROGRAMS // programs)
+def splits(programs: int, wanted: int, steps: int) -> int:
+    """Parts to cut the columns of each of `programs` into: a power of two, at most `steps`."""
+    wanted = -(-wanted // programs)
     return min(1 << (wanted - 1).bit_length(), 1 << (steps.bit_length() - 1))
 
 
@@ -153,7 +157,7 @@ def multiply(x: Tensor, weights: IntWeights, bias: Tensor | None = None) -> Tens
     step = BYTES // unit_bytes if one else TILE_COLUMNS // unit_bytes
     grid = (triton.cdiv(O, rows), *(() if one else (triton.cdiv(T, tokens),)))
     programs = grid[0] if one else grid[0] * grid[1]
-    parts = splits(programs, triton.cdiv(units, step))
+    parts = splits(programs, VECTOR_PROGRAMS if one else PROGRAMS, triton.cdiv(units, step))
     target = out if parts == 1 else out.new_empty(parts, T, O, dtype=torch.float32)
     kind = (weights.bits, weights.group, unit_bytes, bias is not None and parts == 1, parts)
     tensors = (x, weights.codes, weights.scales, bias, target)
