@@ -96,6 +96,53 @@ def decode(
         k, v = torch.randn(2, K, S, D, generator=generator).to(device, dtype)
 
 
+def rotation(device: str, G: int, K: int, D: int, dtype: torch.dtype, norm: bool) -> None:
+    """What PyTorch does in six operations, in float64; nothing else of the cache changes."""
+    from cpmcu.rope import Rope, RopeTable
+    from cpmcu.triton_rotate import rotate
+
+    H, S, generator = K * G, 40, torch.Generator().manual_seed(D)
+    tables = RopeTable(Rope(), D, dtype, torch.device(device)).rows(0, S, length=S)
+    norms = torch.rand(2, D, generator=generator).to(device, dtype) if norm else (None, None)
+    for T, position in ((1, 0), (1, 39), (19, 20)):
+        qkv = torch.randn(T, (H + 2 * K) * D, generator=generator).to(device, dtype)
+        arena = torch.full((2, K, S, D), 7.0, dtype=dtype, device=device)
+        first = torch.tensor([position], device=device)
+        q = rotate(qkv, tuple(norms), tables, first, arena, H, 1e-6)
+        heads = qkv.double().view(T, -1, D)
+        qk, v = heads[:, : H + K], heads[:, H + K :]
+        if norm:
+            weights = [w.double().expand(n, D) for w, n in zip(norms, (H, K), strict=True)]
+            qk = torch.nn.functional.rms_norm(qk, (D,), eps=1e-6) * torch.cat(weights)
+        cos, sin = (table[position : position + T].double() for table in tables)
+        qk = qk * cos + qk.roll(D // 2, -1) * sin
+        wanted = torch.full_like(arena, 7.0).double()
+        wanted[0, :, position : position + T] = qk[:, H:].transpose(0, 1)
+        wanted[1, :, position : position + T] = v.transpose(0, 1)
+        limit = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(q.double(), qk[:, :H], atol=limit, rtol=limit)
+        torch.testing.assert_close(arena.double(), wanted, atol=limit, rtol=limit)
+
+
+def rows(device: str, T: int, W: int, dtype: torch.dtype) -> None:
+    """Sum and norm, and the gate, against float64."""
+    from cpmcu import triton_rows
+
+    generator = torch.Generator().manual_seed(W)
+    x, y = torch.randn(2, T, W, generator=generator).to(device, dtype)
+    weight = torch.rand(W, generator=generator).to(device, dtype)
+    gate_up = 3 * torch.randn(T, 2 * W, generator=generator).to(device, dtype)
+    total, normed = triton_rows.add_norm(x, y, weight, alpha=0.7, eps=1e-5)
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    near = {"atol": limit, "rtol": limit}
+    torch.testing.assert_close(total.double(), x.double() + 0.7 * y.double(), **near)
+    norm = torch.nn.functional.rms_norm(total.double(), (W,), weight.double(), 1e-5)
+    torch.testing.assert_close(normed.double(), norm, **near)
+    gate, up = gate_up.double().chunk(2, 1)
+    out = triton_rows.gated(gate_up)
+    torch.testing.assert_close(out.double(), torch.nn.functional.silu(gate) * up, **near)
+
+
 def compression(device: str, K: int, D: int, dtype: torch.dtype) -> None:
     """Token by token the bits of infllm2's compression of the whole."""
     from cpmcu import triton_compress
@@ -123,13 +170,14 @@ def engine(folder: Path, backend: str, **options: Any) -> Engine:
 @contextlib.contextmanager
 def large_tiles(device: str) -> Iterator[None]:
     """Few programs: in the interpreter each takes its time."""
-    from cpmcu import triton_decode, triton_linear
+    from cpmcu import triton_decode, triton_linear, triton_rotate
 
     changes = [
         *((triton_linear, name, 512) for name in ("ROWS", "TILE_ROWS")),
         *((triton_linear, name, 32) for name in ("BYTES", "TILE_COLUMNS")),
         *((triton_linear, name, 1) for name in ("PROGRAMS", "VECTOR_PROGRAMS")),
         (triton_decode, "PROGRAMS", 1),
+        (triton_rotate, "TOKENS", 128),
     ]
     if importlib.util.find_spec("infllm2") is not None:
         from infllm2.backends import triton_launch

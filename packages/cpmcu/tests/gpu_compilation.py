@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from cpmcu import triton_compress, triton_decode, triton_linear
+from cpmcu import triton_compress, triton_decode, triton_linear, triton_rotate, triton_rows
 from cpmcu.gpu_weights import IntWeights
 from cpmcu.sparse import SparseAttention
 from testbed import triton_without_gpu
@@ -33,6 +33,13 @@ def main(capability: int) -> None:
         k, v = torch.zeros(2, K, 32768, D, dtype=BF16)
         position = torch.zeros(1, dtype=torch.int64)
         triton_decode.decode(torch.zeros(G * K, D, dtype=BF16), k, v, position)
+        arena, tables = torch.stack((k, v)), torch.zeros(2, 32768, 1, D, dtype=BF16)
+        for T in (1, 512):
+            qkv, norms = torch.zeros(T, (G * K + 2 * K) * D, dtype=BF16), tables[:, 0, 0]
+            triton_rotate.rotate(qkv, tuple(norms), tuple(tables), position, arena, G * K, 1e-6)
+            x = torch.zeros(T, G * K * D, dtype=BF16)
+            triton_rows.add_norm(x, x, x[0], alpha=1.0, eps=1e-6)
+            triton_rows.gated(x)
         compressed = (torch.zeros(K, n, D, dtype=BF16) for n in (2047, 511))
         triton_compress.compress(k, *compressed, position, SparseAttention())
 

@@ -14,7 +14,10 @@ import pytest
 PROGRAM = Path(__file__).parent / "gpu_compilation.py"
 # Shared memory that one program may have; sm80's code also runs on sm86 and sm89, which have 99 KB.
 SHARED = {80: 99 << 10, 90: 227 << 10}
-KERNELS = {"vector_kernel", "matrix_kernel", "merge_kernel", "part_kernel", "compress_kernel"}
+KERNELS = {
+    *("vector_kernel", "matrix_kernel", "merge_kernel", "part_kernel", "compress_kernel"),
+    *("rotate_kernel", "add_norm_kernel", "gate_kernel"),
+}
 
 
 @pytest.mark.parametrize("capability", SHARED)

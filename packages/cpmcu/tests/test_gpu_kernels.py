@@ -45,6 +45,19 @@ def test_attention_of_one_token(on_gpu, G, K, D, dtype, window):
     on_gpu(gpu_checks.decode, G, K, D, dtype, window)
 
 
+@pytest.mark.parametrize(
+    ("G", "K", "D", "dtype", "norm"),
+    [(1, 2, 16, F32, False), (3, 2, 24, F32, True), (2, 1, 128, BF16, True)],
+)
+def test_rotation(on_gpu, G, K, D, dtype, norm):
+    on_gpu(gpu_checks.rotation, G, K, D, dtype, norm)
+
+
+@pytest.mark.parametrize(("T", "W", "dtype"), [(1, 96, F32), (37, 1000, F32), (5, 4100, BF16)])
+def test_rows(on_gpu, T, W, dtype):
+    on_gpu(gpu_checks.rows, T, W, dtype)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_compressed_keys_token_by_token(on_gpu, dtype):
     pytest.importorskip("infllm2")

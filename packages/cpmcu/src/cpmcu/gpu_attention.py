@@ -1,6 +1,6 @@
 """Attention on a GPU: of a chunk of a prompt, and of one token whose position is in GPU memory.
 
-Both write the new keys and values into the cache first. A token beyond `spec.sparse.least_keys`
+The new keys and values are in the cache already. A token beyond `spec.sparse.least_keys`
 attends to the blocks that InfLLM v2 chooses, by `infllm2`'s Triton kernels.
 Letters: T new tokens, H query heads, K key-value heads, D head dimension.
 """
@@ -61,6 +61,7 @@ class Chunk:
         self._spec, self._cache, self._start, self._end, self._sparse = (
             spec, cache, start, end, sparse
         )  # fmt: skip
+        self.layers = cache.layers
         self._mask: Any = None
         if spec.window is not None and end > spec.window:
             mask = torch.ones(end - start, end, dtype=torch.bool, device=cache.device)
@@ -70,17 +71,16 @@ class Chunk:
 
             self._mask = causal_lower_right(end - start, end)
 
-    def attend(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, position: Tensor, keys: Tensor) -> Tensor:
         """Attention outputs [T, H * D].
 
         Args:
             layer: index of the layer.
             q: [T, H, D], rotated.
-            new: keys and values of the new tokens, [2, K, T, D].
+            position: int64 [1] on the GPU: of the first of these tokens.
+            keys: likewise: how many there are in the end.
         """
-        arena = self._cache.layers[layer]
-        arena[:, :, self._start : self._end] = new
-        k, v = arena[:, None, :, : self._end]
+        k, v = self.layers[layer][:, None, :, : self._end]
         q = q[None].transpose(1, 2)
         if self._spec.sparse is not None:
             self._compress(layer, k)
@@ -127,20 +127,18 @@ class One:
     """
 
     def __init__(self, spec: ModelSpec, cache: KVCache, *, sparse: bool) -> None:
-        self._spec, self._sparse, self._layers = spec, sparse, list(cache.layers)
+        self._spec, self._sparse, self.layers = spec, sparse, list(cache.layers)
         self._fine, self._coarse = list(cache.fine), list(cache.coarse)
 
     def memory(self) -> list[Tensor]:
         """The cache's, that it reads and writes."""
-        return [*self._layers, *self._fine, *self._coarse]
+        return [*self.layers, *self._fine, *self._coarse]
 
-    def attend(self, position: Tensor, keys: Tensor, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """As `Chunk.attend`, T = 1, at `position`, the last of `keys`: int64 [1], on the GPU."""
+    def attend(self, layer: int, q: Tensor, position: Tensor, keys: Tensor) -> Tensor:
+        """As `Chunk.attend`, T = 1."""
         from cpmcu import triton_compress, triton_decode
 
-        arena = self._layers[layer]
-        arena.index_copy_(2, position, new)
-        k, v = arena
+        k, v = self.layers[layer]
         if self._spec.sparse is not None:
             fine, coarse = self._fine[layer], self._coarse[layer]
             triton_compress.compress(k, fine, coarse, position, self._spec.sparse)
@@ -148,8 +146,8 @@ class One:
             from infllm2 import backends
 
             memory = (x[None] for x in (k, v, fine, coarse))
-            blocks = backends.get("triton").decode
-            out = blocks(q[None].transpose(1, 2), *memory, keys, _config(self._spec))
+            decode = backends.get("triton").decode
+            out = decode(q[None].transpose(1, 2), *memory, keys, _config(self._spec))
         else:
             out = triton_decode.decode(q[0], k, v, position, window=self._spec.window)
         return out.view(1, -1)

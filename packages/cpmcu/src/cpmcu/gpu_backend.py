@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,10 +26,8 @@ from cpmcu.cuda_graph import Step
 from cpmcu.gpu_attention import Chunk, One
 from cpmcu.rope import RopeTable
 from cpmcu.spec import ModelSpec
-from cpmcu.weights import Layer, Weights
+from cpmcu.weights import Weights
 
-# (layer, queries, new keys and values) -> attention outputs
-Attend = Callable[[int, Tensor, Tensor], Tensor]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -107,9 +104,10 @@ class Decoder:
         if len(tokens) == 1:
             step = self._step(cache, sparse=sparse, long=self.spec.rope.is_long(length))
             return step(int(tokens), start)
-        cos, sin = self._rope.rows(start, end, length=length)
+        tables = self._tables(cache, self.spec.rope.is_long(length))
         attention = Chunk(self.spec, cache, start, end, sparse=sparse)
-        return self._model(tokens.to(self.device), cos, sin, attention.attend, every=every)
+        first = torch.tensor([start], device=self.device)
+        return self._model(tables, attention, tokens.to(self.device), first, every=every)
 
     def _step(self, cache: KVCache, *, sparse: bool, long: bool) -> Step:
         """The computation of one token of this cache, where the cache's memory is now: of a token
@@ -121,55 +119,39 @@ class Decoder:
             bound, steps = self._steps[cache] = at, {}
         kind = (sparse, long)
         if kind not in steps:
-            length = self.spec.rope.original_context + 1 if long else 0
-            tables = self._rope.rows(0, cache.layers[0].shape[2], length=length)
             attention = One(self.spec, cache, sparse=sparse)
-            compute = functools.partial(self._one, tables, attention)
+            compute = functools.partial(self._model, self._tables(cache, long), attention)
             steps[kind] = Step(compute, self.device, self._pool)
         return steps[kind]
 
-    def _one(
-        self, tables: tuple[Tensor, Tensor], attention: One, token: Tensor, position: Tensor
-    ) -> Tensor:
-        """Logits [1, vocab] after one token; token and position int64 [1]."""
-        cos, sin = (table.index_select(0, position) for table in tables)
-        attend = functools.partial(attention.attend, position, position + 1)
-        return self._model(token, cos, sin, attend)
+    def _tables(self, cache: KVCache, long: bool) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all positions that the cache has room for."""
+        length = self.spec.rope.original_context + 1 if long else 0
+        return self._rope.rows(0, cache.layers[0].shape[2], length=length)
 
     def _model(
-        self, ids: Tensor, cos: Tensor, sin: Tensor, attend: Attend, *, every: bool = False
-    ) -> Tensor:
-        """Logits [1, vocab] after the last of `ids` [T], or [T, vocab]."""
-        spec, w = self.spec, self.weights
+        self, tables: tuple[Tensor, Tensor], attention: Chunk | One, ids: Tensor,
+        position: Tensor, *, every: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Logits [1, vocab] after the last of `ids` [T], or [T, vocab]; position, int64 [1], is
+        that of the first.
+        """
+        from cpmcu.triton_rotate import rotate
+        from cpmcu.triton_rows import add_norm, gated
+
+        spec, w, eps = self.spec, self.weights, self.spec.rms_eps
         x = w.embedding.rows(ids, self.dtype)
         if spec.embed_scale != 1.0:
             x = x * spec.embed_scale
-        for i, layer in enumerate(w.layers):
-            attended = attend(i, *self._heads(layer, x, cos, sin))
-            x = torch.add(x, layer.output.multiply(attended), alpha=spec.residual_scale)
-            x = torch.add(x, self._ffn(layer, x), alpha=spec.residual_scale)
-        x = self._norm(x if every else x[-1:], w.norm)
-        if spec.logit_scale != 1.0:
-            x = x * spec.logit_scale
-        return w.head.multiply(x)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.spec.rms_eps)
-
-    def _ffn(self, layer: Layer, x: Tensor) -> Tensor:
-        gate, up = layer.gate_up.multiply(self._norm(x, layer.ffn_norm)).chunk(2, -1)
-        return layer.down.multiply(F.silu(gate) * up)
-
-    def _heads(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated queries [T, H, D]; rotated keys, and values, [2, K, T, D]."""
-        H, K, D = self.spec.heads, self.spec.kv_heads, self.spec.head_dim
-        qkv = layer.qkv.multiply(self._norm(x, layer.attention_norm), layer.qkv_bias)
-        qkv = qkv.view(len(x), -1, D)
-        qk = qkv[:, : H + K]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            qk = torch.cat(
-                (self._norm(qk[:, :H], layer.q_norm), self._norm(qk[:, H:], layer.k_norm)), 1
-            )
-        qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
-        new = torch.stack((qk[:, H:], qkv[:, H + K :])).transpose(1, 2)
-        return qk[:, :H], new
+        keys = position + len(ids)
+        after = [*(layer.attention_norm for layer in w.layers[1:]), w.norm]
+        h = F.rms_norm(x, (spec.hidden,), w.layers[0].attention_norm, eps)
+        for i, (layer, next_norm) in enumerate(zip(w.layers, after, strict=True)):
+            qkv, norms = layer.qkv.multiply(h, layer.qkv_bias), (layer.q_norm, layer.k_norm)
+            q = rotate(qkv, norms, tables, position, attention.layers[i], spec.heads, eps)
+            y = layer.output.multiply(attention.attend(i, q, position, keys))
+            x, h = add_norm(x, y, layer.ffn_norm, alpha=spec.residual_scale, eps=eps)
+            y = layer.down.multiply(gated(layer.gate_up.multiply(h)))
+            x, h = add_norm(x, y, next_norm, alpha=spec.residual_scale, eps=eps)
+        h = h if every else h[-1:]
+        return w.head.multiply(h if spec.logit_scale == 1.0 else h * spec.logit_scale)

@@ -7,8 +7,6 @@ Letters: K key-value heads, D head dimension.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -66,6 +64,3 @@ def compress(
         SIZE=sizes.kernel_size, STRIDE=sizes.kernel_stride, FACTOR=COARSE_FACTOR, D=D,
         DIM=triton.next_power_of_2(D),
     )  # fmt: skip
-
-
-KERNELS: tuple[Any, ...] = (compress_kernel,)

@@ -12,8 +12,6 @@ for.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -123,6 +121,3 @@ def decode(
     out = torch.empty_like(q)
     merge_kernel[(H,)](parts, lse, out, H, D=D, DIM=dim, SPLITS=count)
     return out
-
-
-KERNELS: tuple[Any, ...] = (part_kernel, merge_kernel)

@@ -12,7 +12,7 @@ below were never timed. Letters: O rows (outputs), I columns (inputs), T tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -172,6 +172,3 @@ def multiply(x: Tensor, weights: IntWeights, bias: Tensor | None = None) -> Tens
             target, bias, out, T * O, O, bias is not None, parts, 256
         )
     return out
-
-
-KERNELS: tuple[Any, ...] = (vector_kernel, matrix_kernel, merge_kernel)
