@@ -56,7 +56,7 @@ class Case:
 
 
 def environment() -> dict[str, Any]:
-    """Processor, threads, versions, commit: what a number depends on."""
+    """Processor, GPU, threads, versions, commit: what a number depends on."""
     import torch
 
     cpu = platform.processor() or platform.machine()
@@ -73,7 +73,10 @@ def environment() -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
     ).stdout.strip()
-    return {
+    gpu = {}
+    if torch.cuda.is_available():
+        gpu = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return gpu | {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -277,7 +277,7 @@ def run() -> None:
                 print(f"skipped the rest of {skipped[-1]}", flush=True)
             gc.collect()
             torch.cuda.empty_cache()
-    env = environment() | {"device": device, "cuda": torch.version.cuda}
+    env = environment()
     env["versions"]["triton"] = __import__("triton").__version__
     result = {"tool": "infllm2_gpu", "env": env, "rows": rows, "skipped": skipped}
     RESULTS.mkdir(exist_ok=True)

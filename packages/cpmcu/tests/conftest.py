@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 # What other processes run too lies beside this file.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -16,9 +17,11 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from gguf import GGMLQuantizationType, GGUFWriter  # noqa: E402
 from gguf.quants import quantize  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import testbed  # noqa: E402
-from cpmcu import Engine  # noqa: E402
+from cpmcu import Engine, gpu_device  # noqa: E402
+from testbed import triton_without_gpu  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +97,29 @@ def tiny_folder(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session")
+def ternary_folder(tiny_folder):
+    """ternary_folder(arch, target, group): a model whose layers' matrices are cut to ternary, as
+    dense bfloat16 numbers, in `target`.
+    """
+    bitcpm = pytest.importorskip("bitcpm")
+
+    def make(arch, target, group):
+        for file in tiny_folder(arch)[1].iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
+        state = load_file(target / "model.safetensors")
+        config = bitcpm.TernaryConfig(group_size=group)
+        for name, tensor in state.items():
+            state[name] = tensor.bfloat16()
+            if tensor.dim() == 2 and name.startswith("model.layers."):
+                codes, scales = bitcpm.quantise(tensor, config)
+                state[name] = bitcpm.dequantise(codes, scales.bfloat16().float(), config).bfloat16()
+        save_file(state, target / "model.safetensors", {"format": "pt"})
+        return target
+
+    return make
+
+
 NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -162,3 +188,29 @@ def write_gguf(model, path, arch, *, kind=GGMLQuantizationType.F32, factors=None
 def to_gguf():
     """write_gguf, for test modules: they cannot import this one."""
     return write_gguf
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """Runs a check of the GPU backend in the process that has Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    with triton_without_gpu.interpreter() as run:
+        yield run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tests_see_no_gpu():
+    """But for those that are marked gpu: what others say of backends is about this processor."""
+    with mock.patch.object(gpu_device, "present", lambda: False):
+        yield
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def on_gpu(request, monkeypatch):
+    """Runs a check of the GPU backend: in the interpreter, and compiled if there is a GPU."""
+    if request.param == "interpreter":
+        return request.getfixturevalue("interpreter")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    monkeypatch.setattr(gpu_device, "present", lambda: True)
+    return lambda check, *args: check("cuda", *args)

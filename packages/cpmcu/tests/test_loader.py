@@ -97,9 +97,12 @@ def test_dtype_auto_follows_the_processor(folder):
 
     expected = torch.bfloat16 if native_bf16() else torch.float32
     assert Engine.from_pretrained(folder).dtype == expected
-    for wrong in ("float16", "int8", "nonsense", torch.float64):
-        with pytest.raises(ValueError, match="dtype must be 'auto', 'float32' or 'bfloat16'"):
+    for wrong in ("int8", "nonsense", torch.float64):
+        with pytest.raises(ValueError, match="dtype must be 'auto', 'float32', 'bfloat16' or"):
             Engine.from_pretrained(folder, dtype=wrong)
+    for backend in ("cpu", "reference"):
+        with pytest.raises(ValueError, match="float16"):
+            Engine.from_pretrained(folder, dtype="float16", backend=backend)
 
 
 def test_missing_tensor(folder):

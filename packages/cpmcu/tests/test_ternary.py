@@ -16,25 +16,10 @@ pytestmark = pytest.mark.skipif(
 IDS = torch.randint(256, (90,), generator=torch.Generator().manual_seed(2)).tolist()
 
 
-def ternary_folder(source, target, group):
-    """The model with its layers' matrices cut to ternary, as dense bfloat16 numbers."""
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    state = load_file(target / "model.safetensors")
-    for name, tensor in state.items():
-        state[name] = tensor.bfloat16()
-        if tensor.dim() == 2 and name.startswith("model.layers."):
-            codes, scales = bitcpm.quantise(tensor, bitcpm.TernaryConfig(group_size=group))
-            config = bitcpm.TernaryConfig(group_size=group)
-            state[name] = bitcpm.dequantise(codes, scales.bfloat16().float(), config).bfloat16()
-    save_file(state, target / "model.safetensors", {"format": "pt"})
-    return target
-
-
 @pytest.mark.parametrize(("arch", "group"), [("llama-gqa3", 32), ("qwen2", -1), ("qwen3", 64)])
 @pytest.mark.parametrize("mode", ["exact", "int8-group"])
-def test_equals_the_same_weights_in_float(tiny_folder, tmp_path, monkeypatch, arch, group, mode):
-    folder = ternary_folder(tiny_folder(arch)[1], tmp_path, group)
+def test_equals_the_same_weights_in_float(ternary_folder, tmp_path, monkeypatch, arch, group, mode):
+    folder = ternary_folder(arch, tmp_path, group)
     monkeypatch.setattr(cpu_ternary, "MODE", mode)
     # The head has 8 bits: compare the hidden states before it, through a head that holds exactly.
     wanted = Engine.from_pretrained(folder, dtype="float32", quant="float32")
@@ -51,10 +36,10 @@ def test_equals_the_same_weights_in_float(tiny_folder, tmp_path, monkeypatch, ar
     assert torch.equal(alone.logits(IDS), got.logits(IDS))
 
 
-def test_packed_folders_stay_packed(tiny_folder, tmp_path):
+def test_packed_folders_stay_packed(ternary_folder, tmp_path):
     dense, packed = tmp_path / "dense", tmp_path / "packed"
     dense.mkdir()
-    ternary_folder(tiny_folder("llama-gqa3")[1], dense, 32)
+    ternary_folder("llama-gqa3", dense, 32)
     bitcpm.pack_model(dense, packed)
     auto = Engine.from_pretrained(packed)
     assert auto.quant == "ternary"
@@ -65,8 +50,8 @@ def test_packed_folders_stay_packed(tiny_folder, tmp_path):
     assert len(text.token_ids) == 5
 
 
-def test_a_matrix_that_is_not_ternary_has_8_bits(tiny_folder, tmp_path):
-    folder = ternary_folder(tiny_folder("llama-gqa3")[1], tmp_path, 32)
+def test_a_matrix_that_is_not_ternary_has_8_bits(ternary_folder, tmp_path):
+    folder = ternary_folder("llama-gqa3", tmp_path, 32)
     state = load_file(folder / "model.safetensors")
     torch.manual_seed(0)
     name = "model.layers.1.mlp.down_proj.weight"

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from infllm2 import InfLLMv2Config
+from testbed import triton_without_gpu
 
 # The checks of the Triton kernels lie beside this file; the interpreter's process imports them too.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,11 +37,8 @@ def _seed() -> None:
 def interpreter() -> Iterator[Callable[..., Any]]:
     """Runs a check of the Triton kernels in the process that has Triton's interpreter."""
     pytest.importorskip("triton", reason="triton is not installed")
-    import triton_checks
-
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, triton_checks.start_interpreter) as pool:
-        yield lambda check, *args: pool.submit(check, "cpu", *args).result()
+    with triton_without_gpu.interpreter() as run:
+        yield run
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -12,7 +12,15 @@ import triton_edge_checks
 from infllm2 import InfLLMv2Config, backends, reference
 from infllm2.compression import compress_keys
 
-CHECKS = ("chunks", "ties", "not_finite", "written_whole", "nothing_to_do", "as_pytorch_asks")
+CHECKS = (
+    "chunks",
+    "ties",
+    "not_finite",
+    "written_whole",
+    "nothing_to_do",
+    "as_pytorch_asks",
+    "length_on_the_gpu",
+)
 
 
 @pytest.mark.parametrize("name", CHECKS)

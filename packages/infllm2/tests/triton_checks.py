@@ -8,8 +8,6 @@ for CPU tensors in every other test.
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,45 +21,6 @@ from infllm2.compression import compress_keys
 
 # Of results of order one: a few rounding steps of the dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-
-
-def start_interpreter() -> None:
-    """Make this process one where kernels run in the interpreter, with a GPU's bfloat16.
-
-    NumPy has no bfloat16, so the interpreter keeps its bits in uint16: `tl.dot` multiplies those
-    as integers, and rounding from float32 drops bits instead of going to the nearest. Both are
-    replaced here by what a GPU does.
-    """
-    assert "triton" not in sys.modules, "too late to ask for the interpreter"
-    os.environ["TRITON_INTERPRET"] = "1"
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    torch.set_num_threads(1)
-    np.seterr(all="ignore")  # infinities and their differences are part of the algorithm
-
-    def wide(x: Any) -> Any:
-        if x.dtype.scalar != tl.bfloat16:
-            return x.data
-        return (x.data.astype(np.uint32) << 16).view(np.float32)
-
-    def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-        return TensorHandle(
-            np.matmul(wide(a), wide(b), dtype=d.data.dtype) + d.data, d.dtype.scalar
-        )
-
-    cast = InterpreterBuilder.cast_impl
-
-    def round_to_nearest(self: Any, x: Any, to: Any) -> Any:
-        if x.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
-            return cast(self, x, to)
-        rounded = torch.from_numpy(np.array(x.data)).bfloat16().view(torch.int16).numpy()
-        return TensorHandle(rounded.view(np.uint16), to.scalar)
-
-    InterpreterBuilder.create_dot = dot
-    InterpreterBuilder.cast_impl = round_to_nearest
-    InterpreterBuilder.create_fp_trunc = round_to_nearest
 
 
 @dataclass(frozen=True)

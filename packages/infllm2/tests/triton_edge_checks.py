@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from triton_checks import Case, small_launches
+from triton_checks import TOLERANCE, Case, small_launches
 
 from infllm2 import InfLLMv2Config, backends, reference
 from infllm2.compression import compress_keys
@@ -160,3 +160,28 @@ def as_pytorch_asks(device: str) -> None:
         torch.autograd.grad(compiled(*leaves).sum(), leaves), expected, strict=True
     ):
         torch.testing.assert_close(mine, theirs)
+
+
+def length_on_the_gpu(device: str) -> None:
+    """Decoding in launches that do not know how many keys there are: as by those that do."""
+    for case in (
+        Case(250, 1, 3, 16, B=2),
+        Case(250, 1, 8, 64, K=1, dtype=torch.bfloat16),
+        Case(250, 1, 1, 16, config={"lse": "exact"}),
+    ):
+        q, k, v = case.tensors(device)
+        config, triton = case.settings(), backends.get("triton")
+        for length in (5, 79, 130, 250):
+            keys = torch.tensor([length], device=device)
+            compressed = compress_keys(k[:, :, :length], config)
+            wanted = triton.select(q, *compressed, length, config)
+            wanted, _ = triton.attend(
+                q, k[:, :, :length], v[:, :, :length], wanted,
+                block_size=config.block_size, scale=case.D**-0.5,
+            )  # fmt: skip
+            room = [torch.full_like(x, float("nan")) for x in (k, v, *compress_keys(k, config))]
+            for whole, part in zip(room, (k, v, *compressed), strict=True):
+                n = min(length, part.shape[2])
+                whole[:, :, :n] = part[:, :, :n]
+            got = triton.decode(q, *room, keys, config)
+            torch.testing.assert_close(got, wanted, atol=TOLERANCE[case.dtype], rtol=1e-5)

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(help="Model folder or .gguf file.", show_default=False)]
 DType = Annotated[
-    str, typer.Option(help="auto, float32 or bfloat16 (auto: bf16 where the processor has it).")
+    str,
+    typer.Option(
+        help="auto, float32, bfloat16, on a GPU also float16 (auto: bf16 on a GPU and where the "
+        "processor has it)."
+    ),
 ]
 Quant = Annotated[
     str,
@@ -40,7 +44,11 @@ KV = Annotated[
     ),
 ]
 Backend = Annotated[
-    str, typer.Option(help="cpu (C++), reference (PyTorch), or auto: the first that can run.")
+    str,
+    typer.Option(
+        help="gpu (PyTorch and Triton), cpu (C++), reference (PyTorch), or auto: the first that "
+        "can run."
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads; default: PyTorch's choice.")]
 ContextLimit = Annotated[

@@ -9,7 +9,9 @@ from cpmcu import huge_pages
 from cpmcu.int8_rows import SCALE_BYTES
 from cpmcu.spec import ModelSpec
 
+_CPU = torch.device("cpu")
 _FIRST = 256  # positions
+_FIRST_ON_GPU = 1024
 
 
 class KVCache:
@@ -19,11 +21,15 @@ class KVCache:
     `spec.int8_cache` the rows of keys and values are those of `int8_rows`.
 
     The capacity grows by a quarter, up to `max_context`, layer by layer: growing copies one layer
-    at a time, and a short chat never holds the memory of a long one.
+    at a time, and a short chat never holds the memory of a long one. On a GPU it doubles, for
+    what is recorded there is recorded again when the memory moves.
     """
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, max_context: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, dtype: torch.dtype, max_context: int, device: torch.device = _CPU
+    ) -> None:
         self._heads, self._head_dim, self._dtype = spec.kv_heads, spec.head_dim, dtype
+        self.device = device
         self.sparse, self.max_context = spec.sparse, max_context
         self._int8 = spec.int8_cache
         self.layers = [self._rows(0) for _ in range(spec.layers)]
@@ -33,14 +39,19 @@ class KVCache:
         )
         self.length = 0
 
+    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        if self.device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        return huge_pages.empty(*shape, dtype=dtype)
+
     def _arena(self, *shape: int) -> Tensor:
-        return huge_pages.empty(*shape, self._head_dim, dtype=self._dtype)
+        return self._empty(*shape, self._head_dim, dtype=self._dtype)
 
     def _rows(self, capacity: int) -> Tensor:
         if not self._int8:
             return self._arena(2, self._heads, capacity)
         width = self._head_dim + SCALE_BYTES
-        return huge_pages.empty(2, self._heads, capacity, width, dtype=torch.int8)
+        return self._empty(2, self._heads, capacity, width, dtype=torch.int8)
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +68,11 @@ class KVCache:
         capacity = self.layers[0].shape[2]
         if length <= capacity:
             return
-        capacity = min(self.max_context, max(_FIRST, length, capacity * 5 // 4))
+        if self.device.type == "cpu":
+            more = max(_FIRST, length, capacity * 5 // 4)
+        else:
+            more = max(_FIRST_ON_GPU, length, capacity * 2)
+        capacity = min(self.max_context, more)
         for i, old in enumerate(self.layers):
             self.layers[i] = self._rows(capacity)
             self.layers[i][:, :, : self.length] = old[:, :, : self.length]

@@ -190,13 +190,13 @@ def bench(
             engine, lengths, new_tokens=new_tokens, repeats=repeats, progress=progress
         )
     kind = str(engine.dtype).removeprefix("torch.")
-    count = engine.threads or torch.get_num_threads()
     if as_json:
         facts = {"model": model, "dtype": kind, "quant": engine.quant, "backend": engine.backend}
-        print(json.dumps(facts | {"threads": count, "rows": [r.to_dict() for r in rows]}))
+        facts |= {"threads": engine.threads or torch.get_num_threads(), "place": engine.place}
+        print(json.dumps(facts | {"rows": [r.to_dict() for r in rows]}))
         return
     print_table(
-        f"{model}: {engine.quant} weights, {engine.backend}, {count} threads, median of {repeats}",
+        f"{model}: {engine.quant} weights, {engine.backend}, {engine.place}, median of {repeats}",
         ("prompt tokens", "prefill tok/s", "decode tok/s"),
         [
             (

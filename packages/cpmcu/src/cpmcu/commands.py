@@ -38,6 +38,13 @@ def plan(
     quant: Quant = "auto",
     sparse: Sparse = "auto",
     kv: KV = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="gpu plans for a GPU, with --memory-limit and --bandwidth also for one that is "
+            "not here; auto: where there is one."
+        ),
+    ] = "auto",
     memory_limit: Limit = None,
     bandwidth: Annotated[
         str | None,
@@ -60,6 +67,7 @@ def plan(
         context=context,
         memory_limit=memory_limit_bytes(memory_limit),
         bandwidth=None if bandwidth is None else parse_bytes(bandwidth, "--bandwidth"),
+        backend=backend,
     )
     if as_json:
         print(json.dumps(made.to_dict()))
@@ -75,7 +83,7 @@ def plan(
         ("  per token", size(made.kv_bytes_per_token)),
         ("activations", size(made.activation_bytes)),
         ("total", size(made.total_bytes)),
-        ("memory limit", size(made.memory_limit)),
+        ("memory limit" + (" of the GPU" if made.device == "gpu" else ""), size(made.memory_limit)),
         ("largest context that fits", f"{made.largest_context} of {made.model_context} tokens"),
         ("memory bandwidth", f"{made.bandwidth / 1e9:.1f} GB/s"),
         ("decode bound at this context", f"{made.decode_bound:.1f} tokens/s"),

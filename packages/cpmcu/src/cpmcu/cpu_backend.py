@@ -16,11 +16,12 @@ from cpmcu import cpu_library as c
 from cpmcu import cpu_ternary
 from cpmcu.cache import KVCache
 from cpmcu.cpu_ternary import TernaryWeights
-from cpmcu.cpu_weights import PackedLayer, PackedMatrix, PackedWeights
+from cpmcu.cpu_weights import PackedMatrix
 from cpmcu.int8_rows import SCALE_BYTES
 from cpmcu.rope import RopeTable
 from cpmcu.sparse import COARSE_FACTOR
 from cpmcu.spec import ModelSpec
+from cpmcu.weights import Layer, Weights
 
 _BLOCK = 48  # packed rows come in blocks of 12 or 16
 _MOST_COLUMNS, _MOST_HEAD = 1 << 15, 2048  # what a thread's stack holds
@@ -54,8 +55,10 @@ class Decoder:
         max_context: tokens of a cache, at most.
     """
 
+    device = torch.device("cpu")
+
     def __init__(
-        self, spec: ModelSpec, weights: PackedWeights, dtype: torch.dtype, pool: c.Pool,
+        self, spec: ModelSpec, weights: Weights, dtype: torch.dtype, pool: c.Pool,
         chunk: int, max_context: int,
     ) -> None:  # fmt: skip
         self._library, self.spec, self.weights = c.loaded(), spec, weights
@@ -96,7 +99,7 @@ class Decoder:
         self._records = c.Records(steps)
         self._bound: tuple[int, ...] = ()
 
-    def _layer(self, layer: PackedLayer) -> list[tuple[str | int, Any]]:
+    def _layer(self, layer: Layer) -> list[tuple[str | int, Any]]:
         spec = self.spec
         rotate = c.RotateArgs(
             self._at, self._qkv.data_ptr(), c.address(layer.q_norm), c.address(layer.k_norm),

@@ -1,26 +1,23 @@
-"""Ternary weights in the native engine: bitcpm's layout and kernels, run by the engine's threads.
-
-Weights are taken as they are: what is {-a, 0, a} in every group is laid out exactly, and never
-quantised again.
-"""
+"""Ternary weights in native code: bitcpm's layout and kernels, run by the engine's threads."""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from cpmcu import cpu_library as c
+from cpmcu import ternary
 
 CODEC, MODE = "1.6bit", "int8-group"
 
 
 def is_supported() -> tuple[bool, str]:
     """Whether ternary kernels are there, and why not."""
-    if importlib.util.find_spec("bitcpm") is None:
-        return False, "ternary weights need bitcpm: pip install minicpm4-bitcpm"
+    installed, reason = ternary.is_installed()
+    if not installed:
+        return False, reason
     from bitcpm.cpu_library import kernels
 
     library, reason = kernels()
@@ -44,14 +41,11 @@ class TernaryWeights:
 
 def pack(weight: Tensor) -> TernaryWeights | None:
     """Lay out a matrix `[rows, cols]` in the largest groups that fit it; None: not ternary."""
-    from bitcpm import PackedTensor, TernaryMatrix
-    from bitcpm.group_size import fit_sizes
-    from bitcpm.recover import looks_ternary
-
-    group = fit_sizes(weight).largest() if looks_ternary(weight) else None
-    if group is None:
+    packed = ternary.packed(weight, CODEC)
+    if packed is None:
         return None
-    packed = PackedTensor.from_weights(weight, group, CODEC)
+    from bitcpm import TernaryMatrix
+
     struct = c.Matrix(None, None, *weight.shape, c.ROWS, 0)
     return TernaryWeights(TernaryMatrix.from_packed(packed), struct)
 

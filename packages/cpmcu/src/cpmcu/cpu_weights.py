@@ -15,6 +15,7 @@ from cpmcu.cpu_ternary import TernaryWeights
 from cpmcu.huge_pages import Arena
 from cpmcu.rounding import GROUP
 from cpmcu.spec import ModelSpec
+from cpmcu.ternary import check_found
 from cpmcu.weights import Weights
 
 KINDS = {"float32": c.FLOAT32, "bfloat16": c.BFLOAT16, "int8": c.INT8, "int4": c.INT4}
@@ -82,43 +83,9 @@ def pack(
     return PackedMatrix(data, scales, matrix)
 
 
-@dataclass(slots=True)
-class PackedLayer:
-    """One layer; norms, biases in float32."""
-
-    attention_norm: Tensor
-    qkv: PackedMatrix | TernaryWeights
-    output: PackedMatrix | TernaryWeights
-    ffn_norm: Tensor
-    gate_up: PackedMatrix | TernaryWeights
-    down: PackedMatrix | TernaryWeights
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-
-
-@dataclass(slots=True)
-class PackedWeights:
-    """A model; `head` is `embedding` where they are tied."""
-
-    embedding: PackedMatrix
-    layers: list[PackedLayer]
-    norm: Tensor
-    head: PackedMatrix
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        parts: list[Any] = [self.embedding, self.norm]
-        parts += [] if self.head is self.embedding else [self.head]
-        for layer in self.layers:
-            parts += [getattr(layer, name) for name in PackedLayer.__slots__]
-        return sum(part.nbytes for part in parts if part is not None)
-
-
-def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> PackedWeights:
-    """All weights in one kind; with "int4" and "ternary" embedding and head have 8 bits, and
-    so have a layer's matrices that are not ternary.
+def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> Weights:
+    """All weights in one kind, norms and biases in float32. With "int4" and "ternary" embedding and
+    head have 8 bits, and so have a layer's matrices that are not ternary.
 
     Layers of `weights` are taken one by one; where they are read only then (`tensors.load`), both
     layouts are never held whole.
@@ -128,41 +95,24 @@ def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> P
     """
     outer = c.INT8 if quant in ("int4", "ternary") else KINDS[quant]
 
-    ternary, arena = 0, Arena()
+    found, arena = 0, Arena()
 
     def inner(x: Tensor) -> PackedMatrix | TernaryWeights:
-        nonlocal ternary
+        nonlocal found
         if quant != "ternary":
             return pack(x, KINDS[quant], pool, arena)
-        found = cpu_ternary.pack(x)
-        ternary += found is not None
-        return found or pack(x, c.INT8, pool, arena)
+        packed = cpu_ternary.pack(x)
+        found += packed is not None
+        return packed or pack(x, c.INT8, pool, arena)
 
-    def floats(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.float().contiguous()
+    def floats(x: Tensor) -> Tensor:
+        return x.float().contiguous()
 
     embedding = pack(weights.embedding, outer, pool, arena)
     head = embedding if spec.tie else pack(weights.head, outer, pool, arena)
     norm = floats(weights.norm)
     weights.embedding = weights.head = torch.empty(0)
-    layers = []
-    for x in weights.layers:
-        layers.append(
-            PackedLayer(
-                attention_norm=floats(x.attention_norm),
-                qkv=inner(x.qkv),
-                output=inner(x.output),
-                ffn_norm=floats(x.ffn_norm),
-                gate_up=inner(x.gate_up),
-                down=inner(x.down),
-                qkv_bias=floats(x.qkv_bias),
-                q_norm=floats(x.q_norm),
-                k_norm=floats(x.k_norm),
-            )
-        )
-    if quant == "ternary" and not ternary:
-        raise ValueError(
-            "quant='ternary' needs weights that are ternary, and no matrix is: quantise the model "
-            "with bitcpm first, or take another quant"
-        )
-    return PackedWeights(embedding, layers, norm, head)
+    layers = [layer.mapped(inner, floats) for layer in weights.layers]
+    if quant == "ternary":
+        check_found(found)
+    return Weights(embedding, layers, norm, head)

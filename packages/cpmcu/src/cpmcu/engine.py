@@ -46,8 +46,8 @@ class Engine(Session):
             plan.check_context(max_context, spec),
         )
         quant = plan.resolve_quant(quant, dtype)
-        made = backends.decoder(backend, quant, spec, weights, threads or torch.get_num_threads(),
-                                max_context)  # fmt: skip
+        made = backends.decoder(backend, quant, spec, weights, dtype,
+                                threads or torch.get_num_threads(), max_context)  # fmt: skip
         super().__init__(
             Loaded(spec=spec, tokenizer=tokenizer, dtype=dtype, quant=quant, backend=backend,
                    decoder=made, max_context=max_context, threads=threads)
@@ -72,9 +72,9 @@ class Engine(Session):
 
         Args:
             path: transformers folder (safetensors, or packed by bitcpm) or .gguf file.
-            dtype: of weights and arithmetic: "float32", "bfloat16", or "auto" (bf16 where the
-                processor multiplies it natively, else fp32).
-            quant: weights in memory: "float32", "bfloat16", "int8" or "int4" (32 columns to a
+            dtype: of weights and arithmetic: "float32", "bfloat16", on a GPU also "float16", or
+                "auto" (bf16 on a GPU and where the processor multiplies it natively, else fp32).
+            quant: weights in memory: a name of `dtype`, "int8" or "int4" (32 columns to a
                 scale), "ternary" (weights that are ternary already, kept exactly; needs bitcpm);
                 with the last two embedding and head have 8 bits, and with "ternary" matrices that
                 are not. "auto": as a quantised or packed file has them, exactly; otherwise `dtype`.
@@ -83,12 +83,14 @@ class Engine(Session):
                 or the sizes, `SparseAttention(...)`.
             kv: keys and values in memory: "auto" has `dtype`, "int8" one scale for a head of a
                 token.
-            backend: "cpu" (C++), "reference" (PyTorch), or "auto": the first that can run.
+            backend: "gpu" (PyTorch and Triton), "cpu" (C++), "reference" (PyTorch), or "auto": the
+                first that can run.
             threads: for every call of this engine; None leaves PyTorch's number alone. More than
                 there are cores is lowered to that, with a warning.
             max_context: tokens the cache may hold; None takes the model's limit, or what fits in
                 `memory_limit`.
-            memory_limit: bytes for weights, cache and activations together; None sets none.
+            memory_limit: bytes for weights, cache and activations together, of the GPU's memory
+                where that runs the model; None sets none.
             progress: called as progress(done, total) while loading.
 
         Raises:
@@ -97,13 +99,15 @@ class Engine(Session):
                 the model does not fit in `memory_limit`.
         """
         source = Source(path)
-        spec, compute = plan.resolve_spec(source.spec, sparse, kv), plan.resolve_dtype(dtype)
+        spec = plan.resolve_spec(source.spec, sparse, kv)
+        compute = backends.resolve_dtype(dtype, backend, quant, spec)
         stored = backends.stored_quant(source, backend, spec, compute)
         quant = plan.resolve_quant(quant, compute, stored)
+        chosen = backends.choose(backend, quant, spec, compute)  # before memory is taken
         if memory_limit is not None:
-            max_context = plan.fit_context(spec, compute, max_context, memory_limit, quant)
+            max_context = plan.fit_context(spec, compute, max_context, memory_limit, quant,
+                                           gpu=chosen == "gpu")  # fmt: skip
         max_context = plan.check_context(max_context, spec)
-        backends.choose(backend, quant, spec, compute)  # before memory is taken
         words = tokenizer.load(source)
         keep = stored is not None and quant == source.quant
         weights = load(source, compute, codes=keep, progress=progress)

@@ -10,13 +10,15 @@ from pathlib import Path
 import psutil
 import torch
 
+from cpmcu import gpu_device
 from cpmcu import sparse as sparse_attention
 from cpmcu.cache import bytes_read, cache_bytes
 from cpmcu.loader import Source
 from cpmcu.sparse import SparseAttention
 from cpmcu.spec import ModelSpec
 
-CHUNK = 512  # tokens per prefill chunk
+BACKENDS = ("auto", "gpu", "cpu", "reference")
+CHUNK, GPU_CHUNK = 512, 2048  # tokens per prefill chunk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,9 +28,11 @@ class Plan:
     `decode_bound` is the tokens per second that memory bandwidth allows at `context` tokens:
     every weight but the embedding table's unread rows is read once per token, and so is every
     key and value that attention visits. Real decoding is slower. `kv_bytes` has the compressed
-    keys of sparse attention in it, `kv_bytes_per_token` has not.
+    keys of sparse attention in it, `kv_bytes_per_token` has not. With `device` "gpu" all bytes,
+    the limit and the bandwidth are the GPU's.
     """
 
+    device: str
     model: str
     kind: str
     architecture: str
@@ -75,8 +79,8 @@ def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if native_bf16() else torch.float32
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {name!r}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', got {name!r}")
     return dtype
 
 
@@ -88,8 +92,10 @@ def native_bf16() -> bool:
     return any(check() for check in supports if check is not None)
 
 
-# Bits of a weight, the scale of its group included: of 32, or of 128 where ternary.
-_BITS = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5, "ternary": 1.75}
+# Bits of a weight, the scale of its group included: of 32, or of 128 where ternary (on a GPU in
+# two bits instead of 1.6).
+_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8.5, "int4": 4.5, "ternary": 1.75}
+_GPU_BITS = _BITS | {"ternary": 2.125}
 
 
 def resolve_quant(quant: str, dtype: torch.dtype, stored: str | None = None) -> str:
@@ -103,44 +109,53 @@ def resolve_quant(quant: str, dtype: torch.dtype, stored: str | None = None) -> 
     return (stored or str(dtype).removeprefix("torch.")) if quant == "auto" else quant
 
 
-def weight_bytes(spec: ModelSpec, quant: str) -> int:
+def weight_bytes(spec: ModelSpec, quant: str, *, gpu: bool = False) -> int:
     """Bytes of all weights; with int4 and ternary the embedding and the head have 8 bits."""
+    bits = _GPU_BITS if gpu else _BITS
     outer = (1 if spec.tie else 2) * spec.vocab * spec.hidden
     inner = spec.parameters - outer
-    return round((inner * _BITS[quant] + outer * _BITS[_outer(quant)]) / 8)
+    return round((inner * bits[quant] + outer * bits[_outer(quant)]) / 8)
 
 
 def _outer(quant: str) -> str:
     return "int8" if quant in ("int4", "ternary") else quant
 
 
-def activation_bytes(spec: ModelSpec, dtype: torch.dtype, context: int) -> int:
+def activation_bytes(
+    spec: ModelSpec, dtype: torch.dtype, context: int, *, gpu: bool = False
+) -> int:
     """Peak bytes of one chunk's intermediate values, on top of weights and cache.
 
     The widest moment is either the feed-forward's (gate and up, their product, the residual
-    stream) or attention's (q, k, v, rotated copies, the chunk's mask as bool and as a number);
-    then come the fp32 logits of the last position and the angle tables.
+    stream) or attention's (q, k, v, rotated copies, the chunk's mask as bool and as a number, which
+    on a GPU the kernels do without); then come the fp32 logits of the last position and the angle
+    tables.
     """
-    tokens = min(CHUNK, context)
+    tokens = min(GPU_CHUNK if gpu else CHUNK, context)
     ffn = tokens * (4 * spec.ffn + 3 * spec.hidden) * dtype.itemsize
     attention = tokens * (4 * spec.qkv_rows + 3 * spec.hidden) * dtype.itemsize
-    attention += tokens * context * (1 + 4)
+    attention += 0 if gpu else tokens * context * (1 + 4)
     tables = 2 * context * spec.head_dim * dtype.itemsize
     return max(ffn, attention) + spec.vocab * (4 + dtype.itemsize) + tables
 
 
-def total_bytes(spec: ModelSpec, dtype: torch.dtype, context: int, quant: str = "auto") -> int:
+def total_bytes(
+    spec: ModelSpec, dtype: torch.dtype, context: int, quant: str = "auto", *, gpu: bool = False
+) -> int:
     """Weights, keys and values, and activations at `context` tokens."""
-    weights = weight_bytes(spec, resolve_quant(quant, dtype))
-    return weights + cache_bytes(spec, dtype, context) + activation_bytes(spec, dtype, context)
+    weights = weight_bytes(spec, resolve_quant(quant, dtype), gpu=gpu)
+    values = activation_bytes(spec, dtype, context, gpu=gpu)
+    return weights + cache_bytes(spec, dtype, context) + values
 
 
-def largest_context(spec: ModelSpec, dtype: torch.dtype, limit: int, quant: str = "auto") -> int:
+def largest_context(
+    spec: ModelSpec, dtype: torch.dtype, limit: int, quant: str = "auto", *, gpu: bool = False
+) -> int:
     """Most tokens, up to the model's own limit, whose `total_bytes` fit in `limit`; 0 if none."""
     low, high = 0, spec.max_context
     while low < high:  # total_bytes grows with the context
         middle = (low + high + 1) // 2
-        if total_bytes(spec, dtype, middle, quant) <= limit:
+        if total_bytes(spec, dtype, middle, quant, gpu=gpu) <= limit:
             low = middle
         else:
             high = middle - 1
@@ -158,12 +173,13 @@ def check_context(wanted: int | None, spec: ModelSpec) -> int:
 
 
 def fit_context(
-    spec: ModelSpec, dtype: torch.dtype, wanted: int | None, limit: int, quant: str = "auto"
-) -> int:
+    spec: ModelSpec, dtype: torch.dtype, wanted: int | None, limit: int, quant: str = "auto",
+    *, gpu: bool = False,
+) -> int:  # fmt: skip
     """`wanted` tokens, or as many as fit for None; ValueError where `limit` bytes are too few."""
-    fits = largest_context(spec, dtype, limit, quant)
+    fits = largest_context(spec, dtype, limit, quant, gpu=gpu)
     if fits < (wanted or 1):
-        need = total_bytes(spec, dtype, wanted or 1, quant)
+        need = total_bytes(spec, dtype, wanted or 1, quant, gpu=gpu)
         fix = f"lower max_context to {fits}" if fits else "raise it or take fewer bits (quant)"
         raise ValueError(
             f"memory_limit={limit} is too small: {wanted or 1} tokens of context need {need} "
@@ -177,13 +193,17 @@ def available_memory() -> int:
     return psutil.virtual_memory().available
 
 
-def measure_bandwidth(megabytes: int = 256, seconds: float = 0.5) -> float:
-    """Bytes per second this machine reads with PyTorch's threads: the best of repeated sums."""
-    data = torch.ones(megabytes << 18, dtype=torch.float32)
+def measure_bandwidth(
+    megabytes: int = 256, seconds: float = 0.5, device: torch.device | str = "cpu"
+) -> float:
+    """Bytes per second this machine reads with PyTorch's threads, or a GPU from its own memory: the
+    best of repeated sums.
+    """
+    data = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
     best, stop = 0.0, time.perf_counter() + seconds
     while best == 0.0 or time.perf_counter() < stop:
         start = time.perf_counter()
-        data.sum()
+        data.sum().item()  # waits for a GPU
         best = max(best, data.nbytes / (time.perf_counter() - start))
     return best
 
@@ -198,22 +218,35 @@ def make(
     context: int | None = None,
     memory_limit: int | None = None,
     bandwidth: float | None = None,
+    backend: str = "auto",
 ) -> Plan:
     """Plan the model at `path` without loading it.
 
     Args:
         path: model folder or .gguf file; only headers are read.
-        dtype: "auto", "float32" or "bfloat16".
+        dtype: "auto", "float32", "bfloat16" or "float16".
         quant: weights in memory, as in `Engine.from_pretrained`; so are `sparse` and `kv`.
         context: tokens to plan for; None takes the model's limit.
         memory_limit: bytes; None takes what is now available.
         bandwidth: bytes per second; None measures it for half a second.
+        backend: "gpu" plans for a GPU, with `memory_limit` and `bandwidth` also for one that is not
+            here; "auto" does where there is one.
 
     Raises:
-        ValueError: `context` is outside 1 .. the model's limit, or another value is not positive.
+        ValueError: `context` is outside 1 .. the model's limit, or another value is not positive;
+            or there is no GPU to ask for what is not given.
     """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    gpu = backend == "gpu" or (backend == "auto" and gpu_device.present())
+    if gpu and not gpu_device.present() and None in (memory_limit, bandwidth):
+        raise ValueError(
+            "to plan for a GPU that is not here, give memory_limit (--memory-limit) and bandwidth "
+            "(--bandwidth)"
+        )
     source = Source(path)
-    spec, compute = resolve_spec(source.spec, sparse, kv), resolve_dtype(dtype)
+    spec = resolve_spec(source.spec, sparse, kv)
+    compute = torch.bfloat16 if gpu and dtype == "auto" else resolve_dtype(dtype)
     stored = "ternary" if source.kind == "ternary" else source.quant
     quant = resolve_quant(quant, compute, stored)
     context = spec.max_context if context is None else context
@@ -224,13 +257,17 @@ def make(
     for name, value in (("memory_limit", memory_limit), ("bandwidth", bandwidth)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
-    limit = available_memory() if memory_limit is None else memory_limit
-    speed = measure_bandwidth() if bandwidth is None else bandwidth
-    kv, weights = cache_bytes(spec, compute, context), weight_bytes(spec, quant)
+    limit, speed = memory_limit, bandwidth
+    if limit is None:
+        limit = gpu_device.free_memory() if gpu else available_memory()
+    if speed is None:
+        speed = measure_bandwidth(2048, device="cuda") if gpu else measure_bandwidth()
+    kv, weights = cache_bytes(spec, compute, context), weight_bytes(spec, quant, gpu=gpu)
     # An untied model reads one row of its embedding table, not the table.
     table = spec.vocab * spec.hidden * _BITS[_outer(quant)] / 8
     read = weights - (0 if spec.tie else table)
     return Plan(
+        device="gpu" if gpu else "cpu",
         model=str(path),
         kind=source.kind,
         architecture=spec.architecture,
@@ -244,10 +281,10 @@ def make(
         weight_bytes=weights,
         kv_bytes=kv,
         kv_bytes_per_token=cache_bytes(dataclasses.replace(spec, sparse=None), compute, 1),
-        activation_bytes=activation_bytes(spec, compute, context),
-        total_bytes=total_bytes(spec, compute, context, quant),
+        activation_bytes=activation_bytes(spec, compute, context, gpu=gpu),
+        total_bytes=total_bytes(spec, compute, context, quant, gpu=gpu),
         memory_limit=limit,
-        largest_context=largest_context(spec, compute, limit, quant),
+        largest_context=largest_context(spec, compute, limit, quant, gpu=gpu),
         bandwidth=speed,
         decode_bound=speed / (read + bytes_read(spec, compute, context)),
     )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpmcu import int8_rows
+from cpmcu import int8_rows, plan
 from cpmcu.cache import KVCache
 from cpmcu.rope import RopeTable
 from cpmcu.sparse import SparseAttention
@@ -33,6 +33,8 @@ def is_supported(spec: ModelSpec, dtype: torch.dtype) -> tuple[bool, str]:
 
 class Decoder:
     """A model ready to run: `forward` appends tokens to a cache and returns logits."""
+
+    chunk, device = plan.CHUNK, torch.device("cpu")
 
     def __init__(self, spec: ModelSpec, weights: Weights) -> None:
         weights.layers = list(weights.layers)  # they may be read only now

@@ -68,8 +68,10 @@ class RopeTable:
     `x * cos + x.roll(head_dim // 2, -1) * sin`: no concatenation, no negation per token.
     """
 
-    def __init__(self, rope: Rope, head_dim: int, dtype: torch.dtype) -> None:
-        self._rope, self._head_dim, self._dtype = rope, head_dim, dtype
+    def __init__(
+        self, rope: Rope, head_dim: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
+        self._rope, self._head_dim, self._dtype, self._device = rope, head_dim, dtype, device
         self._tables: dict[bool, tuple[Tensor, Tensor]] = {}
 
     def rows(self, start: int, end: int, *, length: int) -> tuple[Tensor, Tensor]:
@@ -88,4 +90,4 @@ class RopeTable:
         )
         cos, sin = (f(angle) * self._rope.attention_factor for f in (torch.cos, torch.sin))
         tables = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        return tuple(t.to(self._dtype).unsqueeze(1) for t in tables)  # type: ignore[return-value]
+        return tuple(t.to(self._device, self._dtype).unsqueeze(1) for t in tables)  # type: ignore[return-value]

@@ -49,7 +49,7 @@ def save(path: str | Path, model: Loaded, tokens: list[int], cache: KVCache) -> 
 
     if not tokens:
         raise ValueError("there is nothing to save: the sequence has no tokens")
-    tensors = {name: part.contiguous() for name, part in _parts(cache, len(tokens)).items()}
+    tensors = {name: part.contiguous().cpu() for name, part in _parts(cache, len(tokens)).items()}
     tensors["tokens"] = torch.tensor(tokens)
     with atomic_path(path) as target:
         save_file(tensors, target, {"format": FORMAT, "model": _model(model)})

@@ -89,7 +89,8 @@ def run() -> list[Check]:
                 continue
             plain = tiny_engine(dtype)
             supported, reason = module.is_supported(plain.spec, dtype)
-            if dtype == torch.bfloat16 and supported and not plan.native_bf16():
+            on_cpu = backend != "gpu" and dtype == torch.bfloat16
+            if on_cpu and supported and not plan.native_bf16():
                 reason = "emulated on this processor"
             error = float("nan")
             if supported:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cpmcu import generation, plan, saving
+from cpmcu import generation, saving
 from cpmcu import threads as thread_count
 from cpmcu.cache import KVCache
 from cpmcu.results import Generation, Score, Stream
@@ -62,7 +62,14 @@ class Session:
         self.max_context, self.threads = model.max_context, model.threads
         self.tokens: list[int] = []
         self._decoder = model.decoder
-        self._cache = KVCache(model.spec, model.dtype, model.max_context)
+        self._cache = KVCache(model.spec, model.dtype, model.max_context, model.decoder.device)
+
+    @property
+    def place(self) -> str:
+        """What computes: so many threads, or a GPU, and whether with CUDA graphs."""
+        if self.backend == "gpu":
+            return self._decoder.describe()
+        return f"{self.threads or torch.get_num_threads()} threads"
 
     def reset(self) -> None:
         """Forget the sequence."""
@@ -259,8 +266,9 @@ class Session:
     def _run(self, token_ids: Sequence[int], *, every: bool) -> list[Tensor]:
         return list(self._iterate(self._checked(token_ids), every=every))
 
-    def _iterate(self, ids: Tensor, *, every: bool, step: int = plan.CHUNK) -> Iterator[Tensor]:
+    def _iterate(self, ids: Tensor, *, every: bool, step: int | None = None) -> Iterator[Tensor]:
         """Run `ids` in chunks after the present sequence; yield each chunk's logits."""
+        step = step or self._decoder.chunk
         length = len(self.tokens) + len(ids)
         sparse = self.spec.sparse  # no chunk has both dense and sparse tokens
         dense = max(0, sparse.least_keys - 1 - len(self.tokens)) if sparse else len(ids)

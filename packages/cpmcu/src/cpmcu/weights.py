@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cpmcu.codes import Codes
 from cpmcu.spec import ModelSpec
+
+MATRICES = ("qkv", "output", "gate_up", "down")
 
 
 @dataclass(slots=True)
@@ -18,18 +20,28 @@ class Layer:
 
     `qkv` [(heads + 2 kv_heads) * head_dim, hidden] stacks queries, keys and values and `gate_up`
     [2 ffn, hidden] gate and up: same arithmetic, fewer and larger products. Matrices are
-    tensors, or the codes of a quantised model.
+    tensors, or the codes of a quantised model, or laid out as a backend wants them.
     """
 
     attention_norm: Tensor
-    qkv: Tensor | Codes
-    output: Tensor | Codes
+    qkv: Any
+    output: Any
     ffn_norm: Tensor
-    gate_up: Tensor | Codes
-    down: Tensor | Codes
+    gate_up: Any
+    down: Any
     qkv_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+
+    def mapped(self, matrix: Callable[[Any], Any], vector: Callable[[Tensor], Tensor]) -> Layer:
+        """The layer with every matrix, and every norm and bias, put through a function."""
+        parts = {name: getattr(self, name) for name in Layer.__slots__}
+        return Layer(
+            **{
+                name: part if part is None else (matrix if name in MATRICES else vector)(part)
+                for name, part in parts.items()
+            }
+        )
 
 
 @dataclass(slots=True)
@@ -40,15 +52,15 @@ class Weights:
     transformers tensor name to the memory it belongs in.
     """
 
-    embedding: Tensor | Codes
+    embedding: Any
     layers: Iterable[Layer]
     norm: Tensor
-    head: Tensor | Codes
+    head: Any
     slots: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of floats held, a tied head counted once; where `layers` is a list."""
+        """Bytes held, a tied head counted once; where `layers` is a list."""
         tensors = [self.embedding, self.norm] + ([] if self.head is self.embedding else [self.head])
         tensors += [getattr(layer, name) for layer in self.layers for name in Layer.__slots__]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -6,6 +6,9 @@ once; a backend asked for by name runs or raises. It may also have, for calls wi
 
 - `run(q, k, v, fine, coarse, config, scale) -> (out, blocks)`: both steps in one;
 - `dense(q, k, v, scale) -> out`: causal attention of the last T of S positions;
+- `decode(q, k, v, fine, coarse, keys, config) -> out`: both steps for one token (T = 1), the last
+  of `keys` keys, integer [1] on the GPU, in launches that are the same for any number of them, as a
+  CUDA graph needs. k and v `[B, K, S, D]`, fine and coarse have room for S keys;
 - `step(store, q, config, backend, dense_below)`: an object with `fits` and `run`, which decodes the
   next tokens of a cache (see `cpu_decode.py`).
 """

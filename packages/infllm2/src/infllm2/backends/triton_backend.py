@@ -76,6 +76,23 @@ class TritonBackend:
         """Attention over listed blocks, with autograd; see the protocol."""
         return _attend(q, k, v, blocks, block_size, scale)
 
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, fine: Tensor, coarse: Tensor, keys: Tensor,
+        config: InfLLMv2Config,
+    ) -> Tensor:  # fmt: skip
+        """One token in launches that are the same for any number of keys; see the protocol."""
+        from infllm2.backends import triton_selection
+
+        with on_device(q):
+            blocks = triton_selection.select(
+                q, fine, coarse, k.shape[2], kernel_size=config.kernel_size,
+                kernel_stride=config.kernel_stride, block_size=config.block_size,
+                init_blocks=config.init_blocks, window_blocks=config.window_blocks,
+                topk=config.topk, exact=config.lse == "exact", keys=keys,
+            )  # fmt: skip
+            scale = q.shape[3] ** -0.5
+            return _launch(q, k, v, _lists(blocks), config.block_size, scale, keys)[0]
+
 
 BACKEND = TritonBackend()
 
@@ -117,23 +134,29 @@ def _(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    B, H, T, D = q.shape
-    K, n = k.shape[1], blocks.shape[3]
-    if q.numel() == 0 or n == 0:
+    if q.numel() == 0 or blocks.shape[3] == 0:
         lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), lse
+    with on_device(q):
+        return _launch(q, k, v, _lists(blocks), block_size, scale)
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, block_size: int, scale: float,
+    keys: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention over lists int32 `[B·K, T, n]`, shared among programs where there are few."""
     from infllm2.backends import triton_decode, triton_forward
 
-    lists = _lists(blocks)
-    parts = splits(B * K * T, n)
+    (B, H, T, D), K = q.shape, k.shape[1]
+    parts = splits(B * K * T, lists.shape[2])
     tiles = attention_tiles(
         H // K, D, block_size, q.dtype, tokens=1 if parts > 1 else power_of_two(T)
     )
-    sizes = {"block_size": block_size, "scale": scale, "tiles": tiles}
-    with on_device(q):
-        if parts > 1:
-            return triton_decode.decode(q, k, v, lists, splits=parts, **sizes)
-        return triton_forward.prefill(q, k, v, lists, **sizes)
+    sizes = {"block_size": block_size, "scale": scale, "tiles": tiles, "keys": keys}
+    if parts > 1:
+        return triton_decode.decode(q, k, v, lists, splits=parts, **sizes)
+    return triton_forward.prefill(q, k, v, lists, **sizes)
 
 
 @_attend.register_fake

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from infllm2.backends import triton_forward, triton_lists
 from infllm2.backends.triton_launch import Tiles
+from infllm2.backends.triton_length import length_of
 
 
 @triton.jit(do_not_specialize=["T", "S", "n", "heads"])
@@ -22,6 +23,7 @@ def merge_parts_kernel(
     G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """parts [SPLITS, B·H, T, D] and part_lse [SPLITS, B·H, T] (base 2) → out, lse (base e)."""
+    S = length_of(S)
     token, head = tl.program_id(0) % T, tl.program_id(0) // T
     d = tl.arange(0, DIM)
     part = tl.arange(0, SPLITS)
@@ -43,7 +45,7 @@ def merge_parts_kernel(
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor,
-    *, block_size: int, scale: float, tiles: Tiles, splits: int,
+    *, block_size: int, scale: float, tiles: Tiles, splits: int, keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output `[B, H, T, D]` and log-sum-exp `[B, H, T]`, by `splits` programs for each token.
 
@@ -56,6 +58,7 @@ def decode(
         scale: factor on the logits.
         tiles: sizes, of one token.
         splits: a power of two, at least 2.
+        keys: integer [1] on the GPU: how many keys there are, the rest is room; T = 1. None: S.
     """
     B, H, T, D = q.shape
     parts = torch.empty(splits, B, H, T, D, dtype=torch.float32, device=q.device)
@@ -64,12 +67,12 @@ def decode(
     lists = triton_lists.merged(blocks, S, block_size, 1, 0, T)
     triton_forward.launch(
         q, k, v, lists, parts, part_lse,
-        block_size=block_size, scale=scale, tiles=tiles, splits=splits,
+        block_size=block_size, scale=scale, tiles=tiles, splits=splits, keys=keys,
     )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     merge_parts_kernel[(T * B * H,)](
-        parts, part_lse, blocks, out, lse, T, S, n, B * H,
+        parts, part_lse, blocks, out, lse, T, S if keys is None else keys, n, B * H,
         G=H // k.shape[1], D=D, DIM=tiles.dim, SPLITS=splits, BLOCK=block_size,
         num_warps=4 if splits * tiles.dim <= 1 << 13 else 8,
     )  # fmt: skip

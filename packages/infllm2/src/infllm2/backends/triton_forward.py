@@ -16,6 +16,7 @@ from torch import Tensor
 
 from infllm2.backends import triton_lists
 from infllm2.backends.triton_launch import Tiles, power_of_two
+from infllm2.backends.triton_length import length_of
 
 LOG2E = 1.4426950408889634
 
@@ -58,6 +59,7 @@ def forward_kernel(
     R: tl.constexpr, GP: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Output [splits, B·H, T, D] and log-sum-exp [splits, B·H, T] (base 2 with several splits)."""
+    S = length_of(S)
     tile, m, split = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
     rows = tl.arange(0, R * GP)
     r, g = rows // GP, rows % GP
@@ -135,11 +137,11 @@ def list_width(width: int, tiles: Tiles) -> int:
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, lists: triton_lists.Lists, out: Tensor, lse: Tensor,
-    *, block_size: int, scale: float, tiles: Tiles, splits: int,
+    *, block_size: int, scale: float, tiles: Tiles, splits: int, keys: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Run the kernel over one strip of tokens; out and lse contiguous, `splits` times over."""
     B, H, T, D = q.shape
-    K, S = k.shape[1:3]
+    K, S = k.shape[1], k.shape[2] if keys is None else keys
     width = lists.lists.shape[2]
     forward_kernel[(lists.tiles * B * K, splits)](
         q, k, v, lists.lists, lists.members, lists.counts, out, lse,
@@ -152,12 +154,19 @@ def launch(
 
 
 def prefill(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, block_size: int, scale: float, tiles: Tiles
-) -> tuple[Tensor, Tensor]:
-    """Output `[B, H, T, D]` and log-sum-exp `[B, H, T]`; blocks contiguous int32 `[M, T, n]`."""
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor,
+    *, block_size: int, scale: float, tiles: Tiles, keys: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output `[B, H, T, D]` and log-sum-exp `[B, H, T]`; blocks contiguous int32 `[M, T, n]`.
+
+    With `keys`, integer [1] on the GPU, there are so many keys, the rest is room; T = 1.
+    """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     for first, end in triton_lists.strips(blocks, k.shape[2], block_size, tiles.tokens):
         lists = triton_lists.merged(blocks, k.shape[2], block_size, tiles.tokens, first, end)
-        launch(q, k, v, lists, out, lse, block_size=block_size, scale=scale, tiles=tiles, splits=1)
+        launch(
+            q, k, v, lists, out, lse,
+            block_size=block_size, scale=scale, tiles=tiles, splits=1, keys=keys,
+        )  # fmt: skip
     return out, lse

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from infllm2.backends import triton_topk
 from infllm2.backends.triton_launch import SCRATCH_BYTES, selection_tiles, splits
+from infllm2.backends.triton_length import length_of
 from infllm2.config import COARSE_FACTOR
 
 UNSPECIALISED = ["K", "T", "S", "J", "first", "end", "tiles", "width"]
@@ -76,6 +77,7 @@ def lse_kernel(
     D: tl.constexpr, R: tl.constexpr, GP: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Base-2 log-sum-exp over a part of the kernels: lse [SPLITS, M, tokens of the strip, G]."""
+    S = length_of(S)
     tile, m, split = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
     rows = tl.arange(0, R * GP)
     r, g = rows // GP, rows % GP
@@ -113,6 +115,7 @@ def score_kernel(
     out. One step scores kernel `phase` of each of TILE blocks, so that the maximum over a block's
     kernels, those that start before it included, is one between steps.
     """
+    S = length_of(S)
     tile, m, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
     rows = tl.arange(0, R * GP)
     r, g = rows // GP, rows % GP
@@ -183,15 +186,19 @@ def score_kernel(
 def select(
     q: Tensor, fine: Tensor, coarse: Tensor, length: int, *, kernel_size: int, kernel_stride: int,
     block_size: int, init_blocks: int, window_blocks: int, topk: int, exact: bool,
+    keys: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Blocks each query visits: int32 `[B, K, T, topk + window_blocks]`, ascending, then −1.
 
-    Arguments as `infllm2.reference.select_blocks`, the configuration's fields one by one.
+    Arguments as `infllm2.reference.select_blocks`, the configuration's fields one by one. With
+    `keys`, integer [1] on the GPU, that is the number of keys, of one token (T = 1); `length` is
+    then the most there may be, and rows of `fine` and `coarse` need not be complete kernels.
     """
     B, H, T, D = q.shape
     K = fine.shape[1]
     M, G, start = B * K, H // K, length - T
     budget = topk + window_blocks
+    S = length if keys is None else keys
     out = torch.empty(B, K, T, budget, dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out
@@ -201,10 +208,10 @@ def select(
     }  # fmt: skip
     free = min(T, max(0, budget * block_size - start))
     if topk == init_blocks or free == T:
-        triton_topk.choose(out, out, 0, T, length, 0, **choice)
+        triton_topk.choose(out, out, 0, T, S, 0, **choice)
         return out
     if free:
-        triton_topk.choose(out, out, 0, free, length, 0, **choice)
+        triton_topk.choose(out, out, 0, free, S, 0, **choice)
 
     tiles = selection_tiles(G, D, T - free, q.dtype)
     kernels, factor = (fine, 1) if exact else (coarse, COARSE_FACTOR)
@@ -224,15 +231,15 @@ def select(
         lse = torch.empty(cuts, M, end - first, G, dtype=torch.float32, device=q.device)
         lse_kernel[(count * M, cuts)](
             q, kernels, lse, *q.stride(), *kernels.stride(),
-            K, T, length, kernels.shape[2], first, end, count, D**-0.5,
+            K, T, S, kernels.shape[2], first, end, count, D**-0.5,
             SIZE=factor * kernel_size, STRIDE=factor * kernel_stride, SPLITS=cuts, **sizes,
         )  # fmt: skip
         scores = torch.empty(M, end - first, width, dtype=torch.float32, device=q.device)
         score_kernel[(count * M, parts)](
             q, fine, lse, scores, *q.stride(), *fine.stride(),
-            K, T, length, fine.shape[2], first, end, count, width, D**-0.5,
+            K, T, S, fine.shape[2], first, end, count, width, D**-0.5,
             SIZE=kernel_size, STRIDE=kernel_stride, BLOCK=block_size, WINDOW=window_blocks,
             EXACT=exact, SPLITS=cuts, PARTS=parts, **sizes,
         )  # fmt: skip
-        triton_topk.choose(out, scores, first, end, length, width, **choice)
+        triton_topk.choose(out, scores, first, end, S, width, **choice)
     return out

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infllm2.backends.triton_launch import power_of_two
+from infllm2.backends.triton_length import length_of
 
 # Scores that a program holds at once, of one token and of all its tokens.
 CHUNK = 8192
@@ -36,6 +37,7 @@ def choose_kernel(
     PAD: tl.constexpr, SIZE: tl.constexpr, SCORED: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """out [M, T, BUDGET] from scores [M, end − first, width], R tokens a program."""
+    S = length_of(S)
     tile, m = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     index = tile * R + tl.arange(0, R)[:, None]
     token = first + index
@@ -78,7 +80,7 @@ def choose_kernel(
 
 
 def choose(
-    out: Tensor, scores: Tensor, first: int, end: int, length: int, width: int,
+    out: Tensor, scores: Tensor, first: int, end: int, length: int | Tensor, width: int,
     *, block_size: int, init_blocks: int, window_blocks: int, budget: int,
 ) -> None:  # fmt: skip
     """Write the blocks of tokens first … end − 1 to out `[B, K, T, budget]`.
@@ -89,7 +91,7 @@ def choose(
             for tokens that have no choice to make.
         first: first token.
         end: token after the last.
-        length: number of keys.
+        length: number of keys, or where on the GPU it stands.
         width: blocks scored.
         block_size: tokens per block.
         init_blocks: blocks at the start that everybody visits.
