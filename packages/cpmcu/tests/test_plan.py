@@ -37,12 +37,15 @@ def test_packed_weights_take_what_is_planned(smollm2_folder, quant):
 
 def test_largest_context_is_the_largest(tiny_folder):
     spec = Source(tiny_folder("llama")[1]).spec
-    for limit in (10_000, 600_000, 1_000_000, 3_000_000, 10**9):
-        best = plan.largest_context(spec, torch.float32, limit)
-        if best:
-            assert plan.total_bytes(spec, torch.float32, best) <= limit
-        if best < spec.max_context:
-            assert plan.total_bytes(spec, torch.float32, best + 1) > limit
+    for backend in ("reference", "cpu"):
+        for limit in (10_000, 600_000, 1_000_000, 3_000_000, 6_000_000, 10**9):
+            best = plan.largest_context(spec, torch.float32, limit, "float32", backend)
+            if best:
+                total = plan.total_bytes(spec, torch.float32, best, "float32", backend)
+                assert total <= limit
+            if best < spec.max_context:
+                total = plan.total_bytes(spec, torch.float32, best + 1, "float32", backend)
+                assert total > limit
 
 
 def test_decode_bound_is_bandwidth_over_bytes_read(tiny_folder):
@@ -96,6 +99,18 @@ def test_activation_bytes_bound_the_measured_peak():
     made = plan.make(path, dtype="float32", context=1024, bandwidth=1e9)
     # 30 MB: PyTorch's thread-local work space, and one layer held twice while the cache grows
     assert int(run.stdout) < made.kv_bytes + made.activation_bytes + 30e6
+
+
+@pytest.mark.parametrize("quant", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["llama-gqa3", "qwen3"])
+def test_the_native_backend_lays_out_what_was_planned(tiny_folder, name, quant):
+    _, folder = tiny_folder(name)
+    dtype = "float32" if quant == "float32" else "bfloat16"
+    made = plan.make(folder, dtype=dtype, quant=quant, context=700, bandwidth=1e9)
+    engine = Engine.from_pretrained(folder, dtype=dtype, quant=quant, max_context=700)
+    assert engine.backend == "cpu"
+    tables = 2 * 700 * engine.spec.head_dim * 4 + engine.spec.vocab * 4
+    assert made.activation_bytes == engine._decoder.activation_bytes + tables
 
 
 @pytest.mark.parametrize(

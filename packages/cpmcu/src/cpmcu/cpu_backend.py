@@ -145,9 +145,7 @@ class Decoder:
         self, matrix: PackedMatrix | TernaryWeights, out: Tensor, *, bias: Tensor | None = None,
         add: float | None = None, gated: Any = None,
     ) -> list[tuple[str | int, Any]]:  # fmt: skip
-        """out = the product with what is packed for the matrix, + bias; or out += add * it.
-        `gated`: where it may hand on what swiglu makes of it.
-        """
+        """out = the product (or swiglu of it, to `gated`), + bias; or out += add * the product."""
         if isinstance(matrix, PackedMatrix):
             args = self._arguments(matrix, out, bias=bias, add=add)
             args.gated = gated or c.Packed()
@@ -238,6 +236,11 @@ class Decoder:
                 sparse.kernel_stride, COARSE_FACTOR, c.DTYPES[self.dtype], spec.int8_cache, 0,
             ),
         )  # fmt: skip
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes laid out besides weights and cache."""
+        return sum(memory.nbytes for memory in self._kept)
 
     def _floats(self, width: int) -> Tensor:
         return self._room(self.chunk, width, torch.float32)

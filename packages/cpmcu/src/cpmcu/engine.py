@@ -106,7 +106,7 @@ class Engine(Session):
         chosen = backends.choose(backend, quant, spec, compute)  # before memory is taken
         if memory_limit is not None:
             max_context = plan.fit_context(spec, compute, max_context, memory_limit, quant,
-                                           gpu=chosen == "gpu")  # fmt: skip
+                                           chosen)  # fmt: skip
         max_context = plan.check_context(max_context, spec)
         words = tokenizer.load(source)
         keep = stored is not None and quant == source.quant

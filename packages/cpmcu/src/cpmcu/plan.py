@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from cpmcu import gpu_device
+from cpmcu import cpu_backend, cpu_memory, gpu_device
 from cpmcu import sparse as sparse_attention
 from cpmcu.cache import bytes_read, cache_bytes
 from cpmcu.loader import Source
@@ -122,40 +122,42 @@ def _outer(quant: str) -> str:
 
 
 def activation_bytes(
-    spec: ModelSpec, dtype: torch.dtype, context: int, *, gpu: bool = False
+    spec: ModelSpec, dtype: torch.dtype, context: int, quant: str, backend: str
 ) -> int:
     """Peak bytes of one chunk's intermediate values, on top of weights and cache.
 
-    The widest moment is either the feed-forward's (gate and up, their product, the residual
-    stream) or attention's (q, k, v, rotated copies, the chunk's mask as bool and as a number, which
-    on a GPU the kernels do without); then come the fp32 logits of the last position and the angle
-    tables.
+    On the CPU's native backend they are what it lays out. Elsewhere the widest moment is either the
+    feed-forward's (gate and up, their product, the residual stream) or attention's (q, k, v,
+    rotated copies, the chunk's mask as bool and as a number, which on a GPU the kernels do
+    without); then come the fp32 logits of the last position and the angle tables.
     """
-    tokens = min(GPU_CHUNK if gpu else CHUNK, context)
+    if backend == "cpu":
+        return cpu_memory.activation_bytes(
+            spec, dtype, quant, torch.get_num_threads(), CHUNK, context
+        )
+    tokens = min(GPU_CHUNK if backend == "gpu" else CHUNK, context)
     ffn = tokens * (4 * spec.ffn + 3 * spec.hidden) * dtype.itemsize
     attention = tokens * (4 * spec.qkv_rows + 3 * spec.hidden) * dtype.itemsize
-    attention += 0 if gpu else tokens * context * (1 + 4)
+    attention += 0 if backend == "gpu" else tokens * context * (1 + 4)
     tables = 2 * context * spec.head_dim * dtype.itemsize
     return max(ffn, attention) + spec.vocab * (4 + dtype.itemsize) + tables
 
 
-def total_bytes(
-    spec: ModelSpec, dtype: torch.dtype, context: int, quant: str = "auto", *, gpu: bool = False
-) -> int:
+def total_bytes(spec: ModelSpec, dtype: torch.dtype, context: int, quant: str, backend: str) -> int:
     """Weights, keys and values, and activations at `context` tokens."""
-    weights = weight_bytes(spec, resolve_quant(quant, dtype), gpu=gpu)
-    values = activation_bytes(spec, dtype, context, gpu=gpu)
+    weights = weight_bytes(spec, quant, gpu=backend == "gpu")
+    values = activation_bytes(spec, dtype, context, quant, backend)
     return weights + cache_bytes(spec, dtype, context) + values
 
 
 def largest_context(
-    spec: ModelSpec, dtype: torch.dtype, limit: int, quant: str = "auto", *, gpu: bool = False
+    spec: ModelSpec, dtype: torch.dtype, limit: int, quant: str, backend: str
 ) -> int:
     """Most tokens, up to the model's own limit, whose `total_bytes` fit in `limit`; 0 if none."""
     low, high = 0, spec.max_context
     while low < high:  # total_bytes grows with the context
         middle = (low + high + 1) // 2
-        if total_bytes(spec, dtype, middle, quant, gpu=gpu) <= limit:
+        if total_bytes(spec, dtype, middle, quant, backend) <= limit:
             low = middle
         else:
             high = middle - 1
@@ -173,13 +175,12 @@ def check_context(wanted: int | None, spec: ModelSpec) -> int:
 
 
 def fit_context(
-    spec: ModelSpec, dtype: torch.dtype, wanted: int | None, limit: int, quant: str = "auto",
-    *, gpu: bool = False,
-) -> int:  # fmt: skip
+    spec: ModelSpec, dtype: torch.dtype, wanted: int | None, limit: int, quant: str, backend: str
+) -> int:
     """`wanted` tokens, or as many as fit for None; ValueError where `limit` bytes are too few."""
-    fits = largest_context(spec, dtype, limit, quant, gpu=gpu)
+    fits = largest_context(spec, dtype, limit, quant, backend)
     if fits < (wanted or 1):
-        need = total_bytes(spec, dtype, wanted or 1, quant, gpu=gpu)
+        need = total_bytes(spec, dtype, wanted or 1, quant, backend)
         fix = f"lower max_context to {fits}" if fits else "raise it or take fewer bits (quant)"
         raise ValueError(
             f"memory_limit={limit} is too small: {wanted or 1} tokens of context need {need} "
@@ -257,6 +258,9 @@ def make(
     for name, value in (("memory_limit", memory_limit), ("bandwidth", bandwidth)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
+    runs = "gpu" if gpu else "reference"
+    if not gpu and backend != "reference" and cpu_backend.is_supported(spec, compute)[0]:
+        runs = "cpu"
     limit, speed = memory_limit, bandwidth
     if limit is None:
         limit = gpu_device.free_memory() if gpu else available_memory()
@@ -281,10 +285,10 @@ def make(
         weight_bytes=weights,
         kv_bytes=kv,
         kv_bytes_per_token=cache_bytes(dataclasses.replace(spec, sparse=None), compute, 1),
-        activation_bytes=activation_bytes(spec, compute, context, gpu=gpu),
-        total_bytes=total_bytes(spec, compute, context, quant, gpu=gpu),
+        activation_bytes=activation_bytes(spec, compute, context, quant, runs),
+        total_bytes=total_bytes(spec, compute, context, quant, runs),
         memory_limit=limit,
-        largest_context=largest_context(spec, compute, limit, quant, gpu=gpu),
+        largest_context=largest_context(spec, compute, limit, quant, runs),
         bandwidth=speed,
         decode_bound=speed / (read + bytes_read(spec, compute, context)),
     )
