@@ -4,13 +4,15 @@ ggml is the library that llama-cpp-python builds (`ggml_peer.py` says how to get
 multiplies through its public interface, its own quantisation of the activations included, as ours
 includes `prepare`. Weights "from memory" are several matrices of 256 MiB or more together; "in
 cache" is one of 8 MB. Every result is compared with a float64 product of the same ternary weights
-before anything is timed.
+before anything is timed. "training" is a step of quantisation-aware training against the same step
+without it.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 
@@ -20,7 +22,8 @@ import torch
 from harness import Case, main
 from torch import Tensor
 
-from bitcpm import PackedTensor, TernaryMatrix
+import testbed
+from bitcpm import PackedTensor, TernaryConfig, TernaryMatrix, ternarize
 from bitcpm.matrix import large_bytes, required_kernels
 from bitcpm.packing import pack_codes
 
@@ -174,6 +177,43 @@ def matrix_cases(threads: int, size: int, T: int = 512) -> Iterator[Case]:
             yield Case(name, "GMAC/s", work, ours, call, peer, gate(packed, x, None), bar=bar)
 
 
+def training_cases(tokens: int = 2048) -> Iterator[Case]:
+    """One optimiser step of SmolLM2-135M on real text, in bfloat16: ternary against plain."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = testbed.smollm2_path()
+    text = "\n\n".join(
+        document.text for document in itertools.islice(testbed.corpus("wikipedia"), 40)
+    )
+    ids = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids[0, :tokens]
+    batch = ids.view(4, -1)
+
+    def stepper(config: TernaryConfig | None) -> Callable[[], float]:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).train()
+        if config is not None:
+            ternarize(model, config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+        def step() -> float:
+            loss = model(input_ids=batch, labels=batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item()
+
+        return step
+
+    def both_learn(ours: float, peer: float) -> None:
+        assert 0 < peer < ours < 20, f"losses {ours} ternary, {peer} plain"
+
+    for group in (64, -1):
+        yield Case(
+            f"training step, SmolLM2, {tokens} tokens, {label('ternary', group)}", "tokens/s",
+            tokens, stepper(TernaryConfig(group_size=group)), stepper(None), "the step in bfloat16",
+            both_learn, bar=1 / 1.15, repeats=5,
+        )  # fmt: skip
+
+
 def cases(only: list[str], quick: bool) -> Iterator[Case]:
     """All cases whose group's name holds one of `only`."""
     ggml, reason = ggml_peer.find()
@@ -183,6 +223,7 @@ def cases(only: list[str], quick: bool) -> Iterator[Case]:
     for threads in (2, 1):
         for size in (2048, 4096):
             groups[f"matrix {threads} {size}"] = functools.partial(matrix_cases, threads, size)
+    groups["training"] = training_cases
     for name, make in groups.items():
         if not only or any(text in name for text in only):
             yield from make()
@@ -193,7 +234,7 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="no weights from memory")
     parser.add_argument(
         "--only", nargs="*", default=[],
-        help='groups to run, such as "vector 2" or "matrix": others keep their old rows',
+        help='groups to run, such as "vector 2", "matrix", "training": others keep their old rows',
     )  # fmt: skip
     arguments = parser.parse_args()
     print(f"kernels: {required_kernels().level}")

@@ -130,6 +130,19 @@ class Bench:
             quantise(plain, path, method="rtn", bits=4, group=32)
         return path
 
+    def ternary_model(self) -> Path:
+        """The same made ternary, 256 columns to a scale, as llama.cpp's TQ2_0 has them."""
+        from bitcpm import TernaryConfig
+        from bitcpm.convert import pack_model
+        from bitcpm.ptq import quantise_model
+
+        path, rounded = self.work / "minicpm4-0.5b-ternary", self.work / "minicpm4-0.5b-rounded"
+        if not (path / "config.json").exists():
+            self.long_model()
+            quantise_model(self.work / "minicpm4-0.5b", rounded, TernaryConfig(group_size=256))
+            pack_model(rounded, path)
+        return path
+
     def start(self, name: str, python: str, kind: str, model: Path, context: int,
               **options: Any) -> Worker:  # fmt: skip
         """A worker that `finish` will end."""
@@ -147,9 +160,10 @@ class Bench:
         if self.llama is None:
             return []
         names = {True: "llama.cpp, flash attention", False: "llama.cpp"}
+        kinds = {"int4": "Q4_0", "int8": "Q8_0", "ternary": "TQ2_0"}
+        kind = next(made for part, made in kinds.items() if part in model.name)
         return [
-            self.start(f"{name}, {BITS.get(4 if 'int4' in model.name else 8)}", self.llama, "llama",
-                       model, context, flash=flash)
+            self.start(f"{name}, {kind}", self.llama, "llama", model, context, flash=flash)
             for flash, name in names.items()
         ]  # fmt: skip
 
@@ -385,6 +399,18 @@ def long_cases(bench: Bench, at: int) -> Iterator[Case]:
                   LONG_BARS[at], repeats=5, at=at, steps=24)  # fmt: skip
 
 
+def ternary_cases(bench: Bench) -> Iterator[Case]:
+    """Ternary weights (1.6 bits; theirs in TQ2_0), embedding and head in 8 bits for both."""
+    folder = bench.ternary_model()
+    ours = bench.ours(folder, 2048)
+    if llamas := bench.llamas(bench.gguf(folder), 2048):
+        gate = functools.partial(same_next_token, ours, llamas[0], IDS)
+        yield row("0.5B, decode at 128, ternary", "tokens/s", 48, ours, llamas, "decode", gate,
+                  1.2, at=128, steps=48)  # fmt: skip
+        yield row("0.5B, prefill 512, ternary", "tokens/s", 512, ours, llamas, "prefill", gate,
+                  tokens=512)  # fmt: skip
+
+
 def long_prefill(bench: Bench) -> Iterator[Case]:
     """A prompt of 32K tokens; minutes a call."""
     folder = bench.long_model()
@@ -410,7 +436,8 @@ def groups(bench: Bench) -> dict[str, Callable[[], Iterator[Any]]]:
             f"process {bits}": functools.partial(process_cases, bench, bits),
         }
     found |= {"bf16": functools.partial(bf16_cases, bench),
-              "limits": functools.partial(limits_cases, bench)}  # fmt: skip
+              "limits": functools.partial(limits_cases, bench),
+              "ternary": functools.partial(ternary_cases, bench)}  # fmt: skip
     found |= {f"long {at}": functools.partial(long_cases, bench, at) for at in LONG_BARS}
     return found | {"longprefill": functools.partial(long_prefill, bench)}
 
