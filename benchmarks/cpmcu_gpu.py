@@ -198,14 +198,19 @@ class Bench:
                 )  # fmt: skip
 
     def fastest(self, ask: Callable[[Any], float]) -> tuple[str, Any]:
-        """The quicker peer at this, of two tries each after one that compiles."""
+        """The quicker peer at this, of two tries each after one that compiles. One that fails, with
+        whatever torch.compile raises, is named and left out from then on.
+        """
         found = {}
-        for name, peer in self.peers.items():
+        for name, peer in list(self.peers.items()):
             try:
                 ask(peer)
                 found[name] = min(ask(peer) for _ in range(2))
             except torch.OutOfMemoryError:
                 continue
+            except Exception as error:
+                print(f"{name}: left out, {type(error).__name__}: {error}", flush=True)
+                del self.peers[name]
         if not found:
             raise torch.OutOfMemoryError("no peer fits")
         name = min(found, key=lambda name: found[name])

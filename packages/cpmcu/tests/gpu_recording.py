@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
 
@@ -45,16 +46,15 @@ class Recording(TorchDispatchMode):
         assert name not in WAITING, f"{name} waits for the GPU"
         out = func(*args, **kwargs)
         if name not in EMPTY:
-            aliases = any(r.alias_info is not None for r in func._schema.returns)
-            self._log.append(lambda: self._again(func, args, kwargs, None if aliases else out))
+            self._log.append(lambda: self._again(func, args, kwargs, out))
         return out
 
     @staticmethod
     def _again(func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        new = func(*args, **kwargs)  # views and operations in place: in the memory they had
-        if out is not None:
-            pairs = zip(out, new, strict=True) if isinstance(out, tuple | list) else [(out, new)]
-            for old, fresh in pairs:
+        """Results go where they were; of a view, or an operation in place, they are there."""
+        new = func(*args, **kwargs)
+        for old, fresh in zip(pytree.tree_leaves(out), pytree.tree_leaves(new), strict=True):
+            if old.untyped_storage().data_ptr() != fresh.untyped_storage().data_ptr():
                 old.copy_(fresh)
 
     def replay(self) -> torch.Tensor:

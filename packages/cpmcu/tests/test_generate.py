@@ -266,7 +266,10 @@ def test_threads(tiny_folder, caplog):
 
 @pytest.mark.parametrize(
     ("option", "value", "known"),
-    [("sparse", "yes", "'auto', 'on', 'off'"), ("backend", "triton", "'auto', 'cpu', 'reference'")],
+    [
+        ("sparse", "yes", "'auto', 'on', 'off'"),
+        ("backend", "triton", "'auto', 'gpu', 'cpu', 'reference'"),
+    ],
 )
 def test_unknown_options_are_refused(tiny_folder, option, value, known):
     _, folder = tiny_folder("llama")

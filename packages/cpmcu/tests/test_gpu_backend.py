@@ -7,8 +7,10 @@ import sys
 
 import gpu_checks
 import pytest
+import torch
 
 from cpmcu import Engine, plan
+from cpmcu.cuda_graph import Step
 
 ARCHITECTURES = (
     *("llama", "llama-gqa3", "llama-mha", "llama-mqa", "qwen2", "qwen3", "mistral", "minicpm4"),
@@ -76,6 +78,16 @@ def test_without_a_gpu_it_is_refused_and_never_chosen(tiny_folder, monkeypatch):
         Engine.from_pretrained(folder, backend="gpu", kv="int8")
     with pytest.raises(ValueError, match="in dtype float16 it has no bfloat16 weights"):
         Engine.from_pretrained(folder, backend="gpu", dtype="float16", quant="bfloat16")
+
+
+def test_without_a_graph_tokens_run_in_plain_launches(caplog):
+    """Recording fails here, for there is no CUDA: that is said once, and nothing is lost."""
+    step = Step(lambda token, position: 100 * token + position, torch.device("cpu"), None)
+    assert step.reason == "CUDA graphs need a CUDA device"
+    step.reason = ""
+    assert [int(step(token, 7)) for token in (1, 2, 3)] == [107, 207, 307]
+    assert "could not be captured" in step.reason
+    assert [r.message.count("without a CUDA graph") for r in caplog.records] == [1]
 
 
 def test_importing_it_imports_no_triton():

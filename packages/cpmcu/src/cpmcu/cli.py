@@ -223,9 +223,9 @@ def selfcheck(as_json: Json = False) -> None:
                 c.backend,
                 c.dtype,
                 "yes" if c.available else "no",
-                f"{c.error:.1e}",
+                f"{c.error:.1e}" if c.available else "",
                 f"{c.tolerance:.0e}",
-                ("ok" if c.passed else "FAILED") + (f" ({c.reason})" if c.reason else ""),
+                ": ".join(filter(None, (c.verdict, c.reason))),
             )
             for c in checks
         ]

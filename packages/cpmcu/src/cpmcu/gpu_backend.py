@@ -98,6 +98,8 @@ class Decoder:
     def _logits(self, tokens: Tensor, cache: KVCache, length: int, every: bool) -> Tensor:
         """As `forward`, on the GPU; [1, vocab] or [T, vocab]."""
         start, end = cache.length, cache.length + len(tokens)
+        if end > cache.layers[0].shape[2]:  # its memory will move: let go of what holds the old
+            self._steps.pop(cache, None)
         cache.reserve(end)
         sparse = self.spec.sparse is not None and start + 1 >= self.spec.sparse.least_keys
         length = max(end, length)

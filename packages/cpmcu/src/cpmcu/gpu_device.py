@@ -34,8 +34,8 @@ def find() -> tuple[torch.device | None, str]:
     if interpreted():
         return torch.device("cpu"), ""
     return None, (
-        f"PyTorch {torch.__version__} finds no CUDA device (torch.cuda.is_available() is False); "
-        "without one the kernels run only in Triton's interpreter, for tests (TRITON_INTERPRET=1)"
+        f"PyTorch {torch.__version__} finds no CUDA device; on a CPU it runs only in Triton's "
+        "interpreter, for tests (TRITON_INTERPRET=1)"
     )
 
 

@@ -35,6 +35,11 @@ class Check:
         """Whether its error is within the tolerance; a backend that cannot run here has none."""
         return not self.available or self.error <= self.tolerance
 
+    @property
+    def verdict(self) -> str:
+        """In a word or two."""
+        return ("ok" if self.passed else "FAILED") if self.available else "cannot run here"
+
     def to_dict(self) -> dict[str, object]:
         """The check as JSON values."""
         return asdict(self) | {"passed": self.passed}

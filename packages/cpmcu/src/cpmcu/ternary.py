@@ -6,12 +6,9 @@ They are taken as they are, laid out exactly, and never quantised again.
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from bitcpm import PackedTensor
 
 
 def is_installed() -> tuple[bool, str]:
@@ -21,8 +18,10 @@ def is_installed() -> tuple[bool, str]:
     return True, ""
 
 
-def packed(weight: Tensor, codec: str) -> PackedTensor | None:
-    """A matrix `[rows, cols]` in the largest groups that fit it; None: not ternary."""
+def packed(weight: Tensor, codec: str) -> Any:
+    """A matrix `[rows, cols]` in the largest groups that fit it, a `bitcpm.PackedTensor`; None: not
+    ternary.
+    """
     from bitcpm import PackedTensor
     from bitcpm.group_size import fit_sizes
     from bitcpm.recover import looks_ternary
