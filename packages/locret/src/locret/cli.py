@@ -13,12 +13,14 @@ from locret._cli_look import explain, visualize
 from locret._cli_options import (
     Answer,
     Budget,
+    Budgets,
     Chunk,
     Data,
     Dtype,
     Heads,
     Length,
     Local,
+    Merge,
     Model,
     Positions,
     Scorer,
@@ -163,6 +165,8 @@ def generate(
     local: Local = 100,
     positions: Positions = "contiguous",
     storage: Storage = "model",
+    budgets: Budgets = "uniform",
+    merge: Merge = None,
     dtype: Dtype = "float32",
 ) -> None:
     """Continue a long text, or answer questions about it, within budget + chunk entries a head.
@@ -175,7 +179,10 @@ def generate(
     from locret.models import load_model, read_prompt
 
     eye = chosen(heads, scorer)
-    config = sized(budget, chunk, stabilisers, sinks, local, positions, storage)
+    config = sized(
+        budget, chunk, stabilisers, sinks, local, positions=positions, storage=storage,
+        budgets=budgets, merge=merge,
+    )  # fmt: skip
     decoder, tokenizer = load_model(model, dtype)
     ids = read_prompt(prompt_file, tokenizer, None).to(decoder.device)
     options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False}
@@ -203,6 +210,9 @@ def bench(
     stabilisers: Stabilisers = None,
     sinks: Sinks = 4,
     local: Local = 100,
+    storage: Storage = "model",
+    budgets: Budgets = "uniform",
+    merge: Merge = None,
     dtype: Dtype = "float32",
 ) -> None:
     """Time prefill and decoding, bounded against the model with its full cache, on this machine.
@@ -217,7 +227,10 @@ def bench(
     from locret.models import load_model
     from locret.timing import measure
 
-    eye, config = chosen(heads, scorer), sized(budget, chunk, stabilisers, sinks, local)
+    eye = chosen(heads, scorer)
+    config = sized(
+        budget, chunk, stabilisers, sinks, local, storage=storage, budgets=budgets, merge=merge
+    )
     decoder, _ = load_model(model, dtype)
     table = Table("tokens", "prefill", "dense", "ratio", "decode", "dense", "cache", "dense")
     rows = []
