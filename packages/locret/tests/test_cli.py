@@ -151,3 +151,18 @@ def test_errors_are_one_line_and_exit_code_2(model: Path, text: Path, tmp_path: 
     ):
         result = CliRunner().invoke(app, [str(a) for a in arguments])
         assert result.exit_code and message in str(result.exception), (arguments, result.exception)
+
+
+def test_query_aware_heads_read_the_question_first(model: Path, text: Path, tmp_path: Path) -> None:
+    output = run("train", model, "--data", text, "-o", tmp_path, "--query-aware", *TRAIN)
+    assert json.loads(output.splitlines()[-1])["texts"] == 9
+    assert RetainingHeads.load(tmp_path).config.query_aware
+    sizes = ("--budget", 32, "--chunk", 16, "--local", 8, "--new", 4)
+    source = ("--heads", tmp_path, "--prompt-file", text)
+    output = run("generate", model, *source, *sizes, "--question", "w7 w8", "--question", "w9")
+    first, second = output.splitlines()
+    assert first.startswith("w7 w8") and second.startswith("w9")
+    output = run("eval", model, "--heads", tmp_path, "--data", text, "--scorer", "streaming",
+                 "--budget", 0.5, "--texts", 2, "--length", 64, "--answer", 8)  # fmt: skip
+    found = json.loads(output.splitlines()[-1])
+    assert set(found["overlap"]) == {"heads", "streaming"}

@@ -41,13 +41,14 @@ def test_a_sample_is_context_question_and_answer(quality, task: str) -> None:
     assert all(value in context and value in answer for value in sample.answers)
 
 
-def test_only_blocks_that_every_arm_finished_count(quality) -> None:
-    names = [f"{mode} {name} {budget:g}" for mode, name, budget in quality.arms()]
+@pytest.mark.parametrize("group", ["hidden", "known", "options"])
+def test_only_blocks_that_every_arm_finished_count(quality, group: str) -> None:
+    names = quality.arms(group)
     cells = {f"vt | {name} | 0": [1.0, 2.0] for name in names}
     cells |= {f"vt | {name} | 4": [3.0] for name in names[1:]}
-    found = quality.gathered(cells)
+    found = quality.gathered(cells, group)
     assert set(found) == {"vt"} and all(v == [1.0, 2.0] for v in found["vt"].values())
-    assert "2 samples" in quality.show(found)
+    assert "2 samples" in quality.show(group, found)
 
 
 def test_bootstrap_is_of_pairs(quality) -> None:

@@ -62,6 +62,14 @@ def train(
         str, typer.Option(help='"top" asks for the order of the best, "paper" is Eq. 5.')
     ] = "top",
     seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
+    query_aware: Annotated[
+        bool,
+        typer.Option(
+            "--query-aware",
+            help="Locret-Q: texts begin with what is asked of them. Lines of JSON "
+            "need a question; of plain text, the answer's first tokens are it.",
+        ),
+    ] = False,
     dtype: Dtype = "bfloat16",
     keep: Annotated[
         bool, typer.Option(help="Keep the work folder: some 0.5 MB a text and layer.")
@@ -83,7 +91,9 @@ def train(
     load_config(model)
     found = [text for path in data for text in read_texts(path)]
     decoder, tokenizer = load_model(model, dtype)
-    windows = examples(found, tokenizer, length=length, answer=answer, count=texts)
+    windows = examples(
+        found, tokenizer, length=length, answer=answer, count=texts, query_aware=query_aware
+    )
     work = work or output / "work"
     with progress_bar() as progress:
         heads, facts = train(decoder, windows, config, work, progress)
@@ -132,7 +142,10 @@ def evaluate(
         eyes[name] = chosen(None, name)
     found = [text for path in data for text in read_texts(path)]
     decoder, tokenizer = load_model(model, dtype)
-    windows = examples(found, tokenizer, length=length, answer=answer, count=texts)
+    aware = bool(heads) and eyes["heads"].config.query_aware
+    windows = examples(
+        found, tokenizer, length=length, answer=answer, count=texts, query_aware=aware
+    )
     shares = budget or [0.25, 0.125]
     with progress_bar() as progress:
         over = overlaps(decoder, eyes, windows, progress=lambda t, d: progress(t, d * 0.3))
@@ -171,11 +184,14 @@ def generate(
 ) -> None:
     """Continue a long text, or answer questions about it, within budget + chunk entries a head.
 
-    The text is read once; every question is asked of a copy of what is left of it.
+    The text is read once; every question is asked of a copy of what is left of it. Query-aware
+    heads read it anew for every question, which also stands before it.
     """
     import sys
 
-    from locret.generation import generate, prefill
+    import torch
+
+    from locret.generation import generate, prefill, query_first
     from locret.models import load_model, read_prompt
 
     eye = chosen(heads, scorer)
@@ -189,6 +205,14 @@ def generate(
     if not question:
         out = generate(decoder, eye, ids, config, **options)
         print(tokenizer.decode(out[0], skip_special_tokens=True))
+        return
+    if getattr(getattr(eye, "config", None), "query_aware", False):
+        for asked in question:
+            more = tokenizer(asked, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            more = more.to(decoder.device)
+            text, sizes = query_first(more, ids, config)
+            out = generate(decoder, eye, torch.cat([text, more], 1), sizes, **options)
+            print(f"{asked}{tokenizer.decode(out[0], skip_special_tokens=True)}")
         return
     cache = prefill(decoder, eye, ids, config)
     print(f"{ids.shape[1]:,} tokens read, at most {cache.peak:,} entries held", file=sys.stderr)
