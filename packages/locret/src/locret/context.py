@@ -116,14 +116,15 @@ class _Engine:
     def make_room(self, cache: LocretCache, layers: list[LayerStore], new: int) -> None:
         """Evict from layers that share a budget where the new tokens would not fit."""
         layers = [layer for layer in layers if layer.held]
-        if not layers:
-            return
+        if sum(layer.held + new for layer in layers) <= len(layers) * cache.config.capacity:
+            return  # even if no column were empty
         held = torch.cat([layer.lane_counts() for layer in layers], 1)
         room = held.shape[1] * cache.config.capacity
         coming = held.new_full((len(held),), new) if cache.valid is None else cache.valid.sum(1)
         # Padding must not cut a row earlier than it would be cut alone.
         due = held.sum(1) + held.shape[1] * coming > room
-        if bool(due.any()):
+        # A rectangle is rid of its padding even where no row is cut.
+        if cache.config.budgets == "uniform" or bool(due.any()):
             self.evict(cache, layers, None, due)
 
     def evict(

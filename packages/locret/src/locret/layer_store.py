@@ -106,7 +106,8 @@ class LayerStore(CacheLayerMixin):
                 old = torch.ones(b, j, before, dtype=torch.bool, device=self.device)
             new = old.new_ones(b, positions.shape[1]) if valid is None else valid
             self.valid = torch.cat([old, new[:, None].expand(wide)], dim=2)
-        self.peak = max(self.peak, int(torch.as_tensor(self.counts()).max()))
+        most = self.held if self.valid is None else int(self.lane_counts().max())
+        self.peak = max(self.peak, most)
 
     def lane_counts(self) -> Tensor:
         """Entries of each row and head, int64 `[B, J]`."""
