@@ -166,3 +166,21 @@ def test_query_aware_heads_read_the_question_first(model: Path, text: Path, tmp_
                  "--budget", 0.5, "--texts", 2, "--length", 64, "--answer", 8)  # fmt: skip
     found = json.loads(output.splitlines()[-1])
     assert set(found["overlap"]) == {"heads", "streaming"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--storage", "int4"), ("--budgets", "layer"), ("--merge", 0.5),
+     ("--budgets", "head", "--merge", 0.5, "--storage", "int8")],
+    ids=str,
+)  # fmt: skip
+def test_options_reach_the_cache(model: Path, text: Path, heads: Path, options: tuple) -> None:
+    sizes = ("--budget", 16, "--chunk", 8, "--local", 4, "--sinks", 2)
+    source = ("--heads", heads, "--prompt-file", text)
+    plain = run("generate", model, *source, *sizes, "--new", 12)
+    assert run("generate", model, *source, *sizes, "--new", 12, *options) != plain
+    output = run("explain", model, "--tokens", 1000, *sizes, *options)
+    assert ("in the mean, none above 40" in output) == ("--budgets" in options)
+    bare = run("explain", model, "--tokens", 1000, *sizes)
+    held = [next(x for x in o.splitlines() if "most held" in x) for o in (bare, output)]
+    assert (held[0] == held[1]) == ("--storage" not in options)
