@@ -2,12 +2,13 @@
 
 `hidden`: the context is compressed before the question is read. `known`: the question is the last
 of what is compressed, so scorers that look at the last queries see it; for Locret-Q it also stands
-first. `options`: heads with coded, merged or differently shared entries, question hidden. In a
-group all keep the same number of entries, read in the same chunks, with the same protected first
-and newest entries; only `snapkv-once` reads its prompt in one piece, with the memory of all of it.
+first. `options`: entries coded, merged or shared differently, question hidden; by KeyDiff, which
+retrieves best here and so has most to lose. In a group all keep the same number of entries, read
+in the same chunks, with the same protected first and newest entries; only `snapkv-once` reads its
+prompt in one piece, with the memory of all of it.
 
-Heads: `heads` learned from prose; `tasks` half from prose, half from RULER tasks other than those
-measured here; `locret-q` from the same, the question first.
+Heads: `heads` learned from prose; `locret-q` half from prose, half from RULER tasks other than
+those measured here, with the question first.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from shared import HERE, RUNS, Cells, parts, smollm2_heads, spoken, task_texts, texts
+from shared import HERE, RUNS, Cells, parts, question_texts, smollm2_heads, spoken, texts
 from torch import Tensor
 
 from locret._cli import run
@@ -32,23 +33,24 @@ from locret.generation import query_first
 TASKS = ("niah_multikey_1", "vt", "niah_single_2", "niah_multivalue")
 BUDGETS = (0.25, 0.125)
 OPTIONS: dict[str, dict[str, Any]] = {
-    "tasks-int8": {"storage": "int8"},
-    "tasks-int4": {"storage": "int4"},
-    "tasks-merge": {"merge": 0.8},
-    "tasks-by-layer": {"budgets": "layer"},
-    "tasks-by-head": {"budgets": "head"},
+    "keydiff-int8": {"storage": "int8"},
+    "keydiff-int4": {"storage": "int4"},
+    "keydiff-merge": {"merge": 0.8},
+    "keydiff-by-layer": {"budgets": "layer"},
+    "keydiff-by-head": {"budgets": "head"},
+    "heads-by-layer": {"budgets": "layer"},
+    "heads-by-head": {"budgets": "head"},
 }
 # (names, budgets) of each group; the first name is what the others are compared with.
 GROUPS = {
-    "hidden": (("heads", "tasks", "keydiff", "random", "streaming", "expected", "snapkv",
+    "hidden": (("heads", "keydiff", "random", "streaming", "expected", "snapkv",
                 "keynorm"), BUDGETS),
-    "known": (("locret-q", "snapkv", "snapkv-once", "tasks"), BUDGETS),
-    "options": (("tasks", *OPTIONS), BUDGETS[1:]),
+    "known": (("locret-q", "snapkv", "snapkv-once", "heads"), BUDGETS),
+    "options": (("keydiff", "heads", *OPTIONS), BUDGETS[1:]),
 }  # fmt: skip
 MAKE: dict[str, Callable] = {
     "heads": texts,
-    "tasks": partial(task_texts, query_aware=False),
-    "locret-q": partial(task_texts, query_aware=True),
+    "locret-q": question_texts,
 }
 FULL = "hidden full 1"
 TOKENS, CHUNK, BLOCK = 1024, 256, 4
@@ -80,8 +82,9 @@ def plan(tasks: list[str], samples: int, heads: dict[str, Any]) -> Iterator[tupl
         found = []
         for context, question, gold in loaded[task, start]:
             prompt, rest, config = asked(mode, name, float(budget), context, question, tokenizer)
-            eye = {"full": None, "snapkv-once": "snapkv"}.get(name, name)
-            eye = heads.get("tasks" if name in OPTIONS else name, eye)
+            base = name.split("-")[0] if name in OPTIONS else name
+            base = {"full": None, "snapkv-once": "snapkv"}.get(base, base)
+            eye = heads.get(base, base)
             found.append(round(answer_nll(model, eye, prompt, rest, gold, config), 4))
         return found
 

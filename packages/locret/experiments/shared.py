@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 RUNS = Path("runs/locret")
 CORPORA = ("wikipedia", "essays", "reference", "news")
 TRAIN = TrainConfig(hidden=256, epochs=8)
-# What heads may be trained on beside prose; the tasks that are measured are none of them.
+# What Locret-Q is trained on beside prose; the tasks that are measured are none of them.
 TASKS = ("niah_single_1", "niah_single_3", "niah_multikey_2", "niah_multiquery")
 
 
@@ -59,19 +59,17 @@ def spoken(question: Tensor, tokenizer: Any) -> Tensor:
     return question[: int((question == end).nonzero()[0])]
 
 
-def task_texts(tokenizer: Any, count: int, query_aware: bool, length: int = 1024) -> list[Example]:
-    """Half windows of `texts`, half RULER samples of tasks that no experiment measures.
+def question_texts(tokenizer: Any, count: int, length: int = 1024) -> list[Example]:
+    """For Locret-Q: half windows of `texts`, half RULER samples of tasks that are not measured.
 
-    The end of a sample, whose rows make the labels, is its question and answer. With `query_aware`
-    the question also stands first. The last eighth is of unseen documents and other seeds.
+    The end of a sample, whose rows make the labels, is its question and answer, and the question
+    also stands first. The last eighth is of unseen documents and other seeds.
     """
     import testbed
 
     unseen = max(1, round(count * TRAIN.held_out))
-    prose = texts(tokenizer, count // 2, length)
+    prose = [asked(e.ids, e.answer, QUERY) for e in texts(tokenizer, count // 2, length)]
     cut = count // 2 - max(1, round(count // 2 * TRAIN.held_out))
-    if query_aware:
-        prose = [asked(e.ids, e.answer, QUERY) for e in prose]
     found: list[Example] = []
     for plain, seed, wanted in ((prose[:cut], 1000, count - unseen), (prose[cut:], 2000, unseen)):
         each = -(-(wanted - len(plain)) // len(TASKS))
@@ -79,11 +77,9 @@ def task_texts(tokenizer: Any, count: int, query_aware: bool, length: int = 1024
         mixed = []
         for sample in [s for turn in zip(*samples, strict=True) for s in turn]:
             context, question, gold = parts(sample, tokenizer)
-            first = spoken(question, tokenizer) if query_aware else question[:0]
-            mixed.append(
-                Example(torch.cat([first, context, question, gold]), len(question) + len(gold),
-                        len(first))
-            )  # fmt: skip
+            first = spoken(question, tokenizer)
+            ids = torch.cat([first, context, question, gold])
+            mixed.append(Example(ids, len(question) + len(gold), len(first)))
         pairs = zip(plain, mixed[: len(plain)], strict=True)
         found += [e for pair in pairs for e in pair] + mixed[len(plain) : wanted - len(plain)]
     return found

@@ -41,18 +41,17 @@ def test_a_sample_is_context_question_and_answer(quality, task: str) -> None:
     assert all(value in context and value in answer for value in sample.answers)
 
 
-@pytest.mark.parametrize("aware", [False, True])
-def test_texts_of_tasks_are_none_that_are_measured(quality, aware: bool) -> None:
+def test_texts_of_tasks_are_none_that_are_measured(quality) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(testbed.smollm2_path())
     shared = sys.modules["shared"]
     assert not set(shared.TASKS) & set(quality.TASKS)
-    found = shared.task_texts(tokenizer, 16, aware, 512)
+    found = shared.question_texts(tokenizer, 16, 512)
     assert len(found) == 16 and len({e.ids.numpy().tobytes() for e in found}) == 16
     for text in found:
         end = text.ids[len(text.ids) - text.answer :]
-        assert bool(text.query) == aware and text.query < text.answer < len(text.ids) // 2
+        assert 0 < text.query < text.answer < len(text.ids) // 2
         assert text.ids[: text.query].tolist() == end[: text.query].tolist()
     asked = [tokenizer.decode(e.ids[len(e.ids) - e.answer :]) for e in found]
     assert sum(a.startswith(("\nWhat", "\nQuestion")) for a in asked) == 8
