@@ -36,7 +36,7 @@ CONFIG = LocretConfig(budget=1024, chunk=512, stabilisers=256, sinks=4, local=10
 LONG = 7500
 CORPORA = ("wikipedia", "essays", "reference", "news")
 TRAINING = TrainConfig()
-WINDOWS = 128  # texts of 1,024 tokens; the last eighth from documents that no head learns from
+WINDOWS = 256  # texts of 1,024 tokens; the last eighth from documents that no head learns from
 
 
 def random_ids(tokens: int) -> torch.Tensor:

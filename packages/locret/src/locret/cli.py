@@ -51,12 +51,12 @@ def train(
         Path | None,
         typer.Option(help="Folder of labels and finished layers.", show_default="OUTPUT/work"),
     ] = None,
-    texts: Annotated[int, typer.Option(help="Windows to learn from and measure on.")] = 64,
+    texts: Annotated[int, typer.Option(help="Windows to learn from and measure on.")] = 256,
     length: Length = 1024,
     answer: Answer = 128,
     hidden: Annotated[int, typer.Option(help="Width of a head; 0: ridge alone, minutes.")] = 256,
     input: Annotated[str, typer.Option(help='What heads read: "hidden" or "qkv".')] = "hidden",
-    epochs: Annotated[int, typer.Option(help="Passes over the labels.")] = 8,
+    epochs: Annotated[int, typer.Option(help="Passes over the labels.")] = 4,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     loss: Annotated[
         str, typer.Option(help='"top" asks for the order of the best, "paper" is Eq. 5.')

@@ -48,7 +48,7 @@ class TrainConfig:
 
     hidden: int = 256
     input: str = "hidden"
-    epochs: int = 8
+    epochs: int = 4
     lr: float = 3e-3
     loss: str = "top"
     smoothing: float = SMOOTHING
