@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 GROUPS = {
     "hidden": (("heads", "keydiff", "random", "streaming", "expected", "snapkv",
                 "keynorm"), BUDGETS),
-    "known": (("locret-q", "snapkv", "snapkv-once", "heads"), BUDGETS),
+    "known": (("locret-q", "keydiff", "snapkv", "snapkv-once", "heads"), BUDGETS),
     "options": (("keydiff", "heads", *OPTIONS), BUDGETS[1:]),
 }  # fmt: skip
 MAKE: dict[str, Callable] = {
