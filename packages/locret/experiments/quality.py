@@ -1,65 +1,75 @@
-"""What compression costs on RULER tasks: NLL of the right answer, by scorer and budget.
+"""What compression costs on RULER tasks: NLL of the right answer, by scorer, option and budget.
 
 `hidden`: the context is compressed before the question is read. `known`: the question is the last
-of what is compressed, so scorers that look at the last queries see it. All scorers keep the same
-number of entries, read in the same chunks, with the same protected first and newest entries.
-`heads-q` is Locret-Q without its training: the question also stands before the context, so that
-the activations that the heads read know it. `heads-int8` keeps keys and values as 8-bit integers.
+of what is compressed, so scorers that look at the last queries see it; for Locret-Q it also stands
+first. `options`: entries coded, merged or shared differently, question hidden; by KeyDiff, which
+retrieves best here and so has most to lose. In a group all keep the same number of entries, read
+in the same chunks, with the same protected first and newest entries; only `snapkv-once` reads its
+prompt in one piece, with the memory of all of it.
+
+Heads: `heads` learned from prose; `locret-q` half from prose, half from RULER tasks other than
+those measured here, with the question first.
 """
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from shared import HERE, Cells, smollm2_heads
+from shared import HERE, RUNS, Cells, parts, question_texts, smollm2_heads, spoken, texts
 from torch import Tensor
 
 from locret._cli import run
 from locret.evaluate import answer_nll, sizes
+from locret.generation import query_first
 
-TASKS = ("niah_multikey_1", "niah_single_2", "vt", "niah_multivalue")
+TASKS = ("niah_multikey_1", "vt", "niah_single_2", "niah_multivalue")
 BUDGETS = (0.25, 0.125)
-HIDDEN = ("heads", "streaming", "keynorm", "keydiff", "random", "expected", "snapkv",
-          "heads-int8")  # fmt: skip
-KNOWN = ("heads", "heads-q", "snapkv", "expected", "streaming")
-OURS = ("heads", "heads-q", "heads-int8")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "keydiff-int8": {"storage": "int8"},
+    "keydiff-int4": {"storage": "int4"},
+    "keydiff-merge": {"merge": 0.8},
+    "keydiff-by-layer": {"budgets": "layer"},
+    "keydiff-by-head": {"budgets": "head"},
+    "heads-by-layer": {"budgets": "layer"},
+    "heads-by-head": {"budgets": "head"},
+}
+# (names, budgets) of each group; the first name is what the others are compared with.
+GROUPS = {
+    "hidden": (("heads", "keydiff", "random", "streaming", "expected", "snapkv",
+                "keynorm"), BUDGETS),
+    "known": (("locret-q", "keydiff", "snapkv", "snapkv-once", "heads"), BUDGETS),
+    "options": (("keydiff", "heads", *OPTIONS), BUDGETS[1:]),
+}  # fmt: skip
+MAKE: dict[str, Callable] = {
+    "heads": texts,
+    "locret-q": question_texts,
+}
+FULL = "hidden full 1"
 TOKENS, CHUNK, BLOCK = 1024, 256, 4
 
 app = typer.Typer(add_completion=False)
 
 
-def parts(sample: Any, tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens of the context, of the question with the answer's opening, and of the answer."""
-    import testbed
-
-    text = testbed.ruler_prompt(sample, tokenizer)
-    cut = [m.start() for m in re.finditer(r"\n(What|Question:)", text)][-1]
-    gold = " " + ", ".join(sample.answers)
-    ids = lambda t: torch.tensor(tokenizer(t, add_special_tokens=False)["input_ids"])  # noqa: E731
-    return ids(text[:cut]), ids(text[cut:]), ids(gold)
+def arms(group: str) -> list[str]:
+    """ "mode scorer budget" of a group, the full cache first."""
+    names, budgets = GROUPS[group]
+    mode = "known" if group == "known" else "hidden"
+    return [FULL, *(f"{mode} {name} {budget:g}" for budget in budgets for name in names)]
 
 
-def arms() -> Iterator[tuple[str, str, float]]:
-    """(mode, scorer, budget); the full cache first."""
-    yield "hidden", "full", 1.0
-    for budget in BUDGETS:
-        yield from (("hidden", name, budget) for name in HIDDEN)
-        yield from (("known", name, budget) for name in KNOWN)
-
-
-def plan(tasks: list[str], samples: int, heads: Any) -> Iterator[tuple[str, Callable]]:
-    """Names and computations of all cells: all arms of a few samples before the next samples."""
+def plan(tasks: list[str], samples: int, heads: dict[str, Any]) -> Iterator[tuple[str, Callable]]:
+    """Names and computations of all cells, a group of arms of a task after the other."""
     loaded: dict[Any, Any] = {}
 
-    def cell(task: str, start: int, mode: str, name: str, budget: float) -> list[float]:
+    def cell(task: str, start: int, arm: str) -> list[float]:
         import testbed
 
         if "model" not in loaded:
@@ -68,38 +78,50 @@ def plan(tasks: list[str], samples: int, heads: Any) -> Iterator[tuple[str, Call
         if (task, start) not in loaded:
             every = testbed.ruler(task, TOKENS, start + BLOCK, 0, tokenizer)[start:]
             loaded[task, start] = [parts(sample, tokenizer) for sample in every]
-        eye = {"full": None, **dict.fromkeys(OURS, heads)}.get(name, name)
+        mode, name, budget = arm.split()
         found = []
         for context, question, gold in loaded[task, start]:
-            config = sizes(round(budget * len(context)), CHUNK)
-            if name == "heads-int8":
-                config = replace(config, storage="int8")
-            if mode == "known":
-                end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-                asked = question[: int((question == end).nonzero()[0])]  # without the template
-                first = asked if name == "heads-q" else question[:0]
-                context, question = torch.cat([first, context, question]), question[:0]
-            nll = answer_nll(model, eye, context, question, gold, config)
-            found.append(round(nll, 4))
+            prompt, rest, config = asked(mode, name, float(budget), context, question, tokenizer)
+            base = name.split("-")[0] if name in OPTIONS else name
+            base = {"full": None, "snapkv-once": "snapkv"}.get(base, base)
+            eye = heads.get(base, base)
+            found.append(round(answer_nll(model, eye, prompt, rest, gold, config), 4))
         return found
 
-    for start in range(0, samples, BLOCK):
-        for task in tasks:
-            for mode, name, budget in arms():
-                args = (task, start, mode, name, budget)
-                yield f"{task} | {mode} {name} {budget:g} | {start}", lambda a=args: cell(*a)
+    for task in tasks:
+        for group in GROUPS:
+            for start in range(0, samples, BLOCK):
+                for arm in arms(group):
+                    yield f"{task} | {arm} | {start}", partial(cell, task, start, arm)
 
 
-def gathered(cells: dict[str, list[float]]) -> dict[str, dict[str, list[float]]]:
-    """NLL by task and arm, samples in order; only blocks of which every arm is finished."""
-    wanted = {f"{mode} {name} {budget:g}" for mode, name, budget in arms()}
-    by_block: dict[tuple[str, int], dict[str, list[float]]] = {}
+def asked(
+    mode: str, name: str, budget: float, context: Tensor, question: Tensor, tokenizer: Any
+) -> tuple[Tensor, Tensor, Any]:
+    """What is compressed, what is read after it, and how."""
+    config = sizes(round(budget * len(context)), CHUNK)
+    config = replace(config, **OPTIONS.get(name, {}))
+    if mode == "hidden":
+        return context, question, config
+    prompt = torch.cat([context, question])
+    if name == "snapkv-once":
+        config = replace(config, chunk=len(prompt), local=0)
+    if name == "locret-q":
+        first, config = query_first(spoken(question, tokenizer)[None], prompt[None], config)
+        prompt = first[0]
+    return prompt, question[:0], config
+
+
+def gathered(cells: dict[str, list[float]], group: str) -> dict[str, dict[str, list[float]]]:
+    """NLL by task and arm, samples in order; only blocks that every arm of the group finished."""
+    wanted, by_block = set(arms(group)), {}
     for key, values in cells.items():
         task, arm, start = key.split(" | ")
-        by_block.setdefault((task, int(start)), {})[arm] = values
+        if arm in wanted:
+            by_block.setdefault((task, int(start)), {})[arm] = values
     found: dict[str, dict[str, list[float]]] = {}
     for (task, _), block in sorted(by_block.items()):
-        if wanted <= set(block):
+        if wanted == set(block):
             for arm in block:
                 found.setdefault(task, {}).setdefault(arm, []).extend(block[arm])
     return found
@@ -114,27 +136,35 @@ def better(ours: list[float], theirs: list[float], resamples: int = 10_000) -> d
     return {"gap": gap.mean(), "low": low, "high": high, "p": float((means <= 0).mean())}
 
 
-def show(found: dict[str, dict[str, list[float]]]) -> str:
-    """Markdown: mean NLL, and where the heads are better (+) or worse (−) with p < 0.05."""
+def compared(group: str, by_arm: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Each arm against the group's first of the same budget."""
+    first = GROUPS[group][0][0]
+    found = {}
+    for arm in arms(group)[1:]:
+        mode, name, budget = arm.split()
+        if name != first:
+            found[arm] = better(by_arm[f"{mode} {first} {budget}"], by_arm[arm])
+    return found
+
+
+def show(group: str, found: dict[str, dict[str, list[float]]]) -> str:
+    """Markdown: mean NLL; + where the first row is better than a row, − where worse (95 %)."""
     lines = []
+    names, budgets = GROUPS[group]
     for task, by_arm in found.items():
-        count = len(by_arm["hidden full 1"])
-        full = statistics.mean(by_arm["hidden full 1"])
-        lines += [f"\n{task}, {count} samples, full cache {full:.3f}\n",
-                  "| scorer | " + " | ".join(f"{m} {b:.1%}" for m in ("hidden", "known")
-                                              for b in BUDGETS) + " |",
-                  "|---" * (1 + 2 * len(BUDGETS)) + "|"]  # fmt: skip
-        for name in (*HIDDEN, "heads-q"):
+        tests = compared(group, by_arm)
+        lines += [f"\n{task}, {group}, {len(by_arm[FULL])} samples, full cache "
+                  f"{statistics.mean(by_arm[FULL]):.3f}\n",
+                  "| scorer | " + " | ".join(f"{b:.1%} kept" for b in budgets) + " |",
+                  "|---" * (1 + len(budgets)) + "|"]  # fmt: skip
+        mode = arms(group)[1].split()[0]
+        for name in names:
             row = [name]
-            for mode in ("hidden", "known"):
-                for budget in BUDGETS:
-                    values = by_arm.get(f"{mode} {name} {budget:g}")
-                    if values is None:
-                        row.append("")
-                        continue
-                    gap = better(by_arm[f"{mode} heads {budget:g}"], values)
-                    sign = "+" if gap["low"] > 0 else "−" if gap["high"] < 0 else ""
-                    row.append(f"{statistics.mean(values):.3f}{sign}")
+            for budget in budgets:
+                arm = f"{mode} {name} {budget:g}"
+                gap = tests.get(arm, {"low": 0, "high": 0})
+                sign = "+" if gap["low"] > 0 else "−" if gap["high"] < 0 else ""
+                row.append(f"{statistics.mean(by_arm[arm]):.3f}{sign}")
             lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -145,24 +175,26 @@ def main(
     samples: Annotated[int, typer.Option(help="Of each task.")] = 64,
     minutes: Annotated[float, typer.Option(help="Start nothing later; run again to go on.")] = 1e9,
     windows: Annotated[int, typer.Option(help="Texts the heads are trained on.")] = 128,
+    heads: Annotated[Path, typer.Option(help="Folder of the heads; made if missing.")] = RUNS,
     out: Annotated[Path, typer.Option(help="The results' file.")] = HERE / "results/quality.json",
 ) -> None:
     """RULER on SmolLM2-135M-Instruct at 1K tokens, 25 % and 12.5 % kept: NLL of the right answer
     after compression by trained heads and by training-free scorers, the question hidden or known.
-    Prints the table of what is finished; run again to go on."""
-    heads, facts = smollm2_heads(windows)
-    settings = {"tokens": TOKENS, "chunk": CHUNK, "dtype": "bfloat16", "heads": facts["overlap"]}
+    Prints the tables of what is finished; run again to go on."""
+    trained = {n: smollm2_heads(windows, heads / n, make=make) for n, make in MAKE.items()}
+    overlap = {name: facts["overlap"] for name, (_, facts) in trained.items()}
+    settings = {"tokens": TOKENS, "chunk": CHUNK, "dtype": "bfloat16", "overlap": overlap}
     cells = Cells(out, settings, minutes)
-    cells.fill(plan(list(task or TASKS), samples, heads))
-    found = gathered(cells.cells)
+    cells.fill(plan(list(task or TASKS), samples, {n: found for n, (found, _) in trained.items()}))
+    found = {group: gathered(cells.cells, group) for group in GROUPS}
     cells.save(
         tests={
-            t: {arm: better(by_arm[f"{arm.split()[0]} heads {arm.split()[2]}"], values)
-                for arm, values in by_arm.items() if arm.split()[1] not in ("full", "heads")}
-            for t, by_arm in found.items()
+            group: {task: compared(group, by_arm) for task, by_arm in by_task.items()}
+            for group, by_task in found.items()
         }
-    )  # fmt: skip
-    print(show(found))
+    )
+    for group, by_task in found.items():
+        print(show(group, by_task))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from locret import RetainingHeads
-from locret.data import examples
+from locret.data import QUERY, asked, examples
 from locret.training import Example, TrainConfig, train
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/locret")
 CORPORA = ("wikipedia", "essays", "reference", "news")
 TRAIN = TrainConfig(hidden=256, epochs=8)
+# What Locret-Q is trained on beside prose; the tasks that are measured are none of them.
+TASKS = ("niah_single_1", "niah_single_3", "niah_multikey_2", "niah_multiquery")
 
 
 def texts(tokenizer: Any, count: int, length: int = 1024, answer: int = 128) -> list[Example]:
@@ -38,9 +42,53 @@ def texts(tokenizer: Any, count: int, length: int = 1024, answer: int = 128) -> 
     return found
 
 
+def parts(sample: Any, tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of the context, of the question with the answer's opening, and of the answer."""
+    import testbed
+
+    text = testbed.ruler_prompt(sample, tokenizer)
+    cut = [m.start() for m in re.finditer(r"\n(What|Question:)", text)][-1]
+    gold = " " + ", ".join(sample.answers)
+    ids = lambda t: torch.tensor(tokenizer(t, add_special_tokens=False)["input_ids"])  # noqa: E731
+    return ids(text[:cut]), ids(text[cut:]), ids(gold)
+
+
+def spoken(question: Tensor, tokenizer: Any) -> Tensor:
+    """A question of `parts` without the chat template that follows it."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return question[: int((question == end).nonzero()[0])]
+
+
+def question_texts(tokenizer: Any, count: int, length: int = 1024) -> list[Example]:
+    """For Locret-Q: half windows of `texts`, half RULER samples of tasks that are not measured.
+
+    The end of a sample, whose rows make the labels, is its question and answer, and the question
+    also stands first. The last eighth is of unseen documents and other seeds.
+    """
+    import testbed
+
+    unseen = max(1, round(count * TRAIN.held_out))
+    prose = [asked(e.ids, e.answer, QUERY) for e in texts(tokenizer, count // 2, length)]
+    cut = count // 2 - max(1, round(count // 2 * TRAIN.held_out))
+    found: list[Example] = []
+    for plain, seed, wanted in ((prose[:cut], 1000, count - unseen), (prose[cut:], 2000, unseen)):
+        each = -(-(wanted - len(plain)) // len(TASKS))
+        samples = [testbed.ruler(t, length, each, seed, tokenizer) for t in TASKS]
+        mixed = []
+        for sample in [s for turn in zip(*samples, strict=True) for s in turn]:
+            context, question, gold = parts(sample, tokenizer)
+            first = spoken(question, tokenizer)
+            ids = torch.cat([first, context, question, gold])
+            mixed.append(Example(ids, len(question) + len(gold), len(first)))
+        pairs = zip(plain, mixed[: len(plain)], strict=True)
+        found += [e for pair in pairs for e in pair] + mixed[len(plain) : wanted - len(plain)]
+    return found
+
+
 def smollm2_heads(
-    count: int = 128, folder: Path = RUNS / "heads", config: TrainConfig = TRAIN
-) -> tuple[RetainingHeads, dict[str, Any]]:
+    count: int = 128, folder: Path = RUNS / "heads", config: TrainConfig = TRAIN,
+    make: Callable[[Any, int], list[Example]] = texts,
+) -> tuple[RetainingHeads, dict[str, Any]]:  # fmt: skip
     """SmolLM2's heads, trained on first use; a killed training goes on. And how they rank."""
     if not (folder / "heads.json").exists():
         import testbed
@@ -51,7 +99,7 @@ def smollm2_heads(
         def progress(text: str, done: float) -> None:
             print(f"{done:4.0%} {text}, {time.perf_counter() - began:.0f} s", flush=True)
 
-        windows = texts(tokenizer, count)
+        windows = make(tokenizer, count)
         heads, facts = train(model, windows, config, folder / "work", progress)
         heads.save(folder, seconds=round(time.perf_counter() - began, 1), **facts)
     facts = json.loads((folder / "heads.json").read_text(encoding="utf-8"))

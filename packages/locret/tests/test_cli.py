@@ -151,3 +151,36 @@ def test_errors_are_one_line_and_exit_code_2(model: Path, text: Path, tmp_path: 
     ):
         result = CliRunner().invoke(app, [str(a) for a in arguments])
         assert result.exit_code and message in str(result.exception), (arguments, result.exception)
+
+
+def test_query_aware_heads_read_the_question_first(model: Path, text: Path, tmp_path: Path) -> None:
+    output = run("train", model, "--data", text, "-o", tmp_path, "--query-aware", *TRAIN)
+    assert json.loads(output.splitlines()[-1])["texts"] == 9
+    assert RetainingHeads.load(tmp_path).config.query_aware
+    sizes = ("--budget", 32, "--chunk", 16, "--local", 8, "--new", 4)
+    source = ("--heads", tmp_path, "--prompt-file", text)
+    output = run("generate", model, *source, *sizes, "--question", "w7 w8", "--question", "w9")
+    first, second = output.splitlines()
+    assert first.startswith("w7 w8") and second.startswith("w9")
+    output = run("eval", model, "--heads", tmp_path, "--data", text, "--scorer", "streaming",
+                 "--budget", 0.5, "--texts", 2, "--length", 64, "--answer", 8)  # fmt: skip
+    found = json.loads(output.splitlines()[-1])
+    assert set(found["overlap"]) == {"heads", "streaming"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--storage", "int4"), ("--budgets", "layer"), ("--merge", 0.5),
+     ("--budgets", "head", "--merge", 0.5, "--storage", "int8")],
+    ids=str,
+)  # fmt: skip
+def test_options_reach_the_cache(model: Path, text: Path, heads: Path, options: tuple) -> None:
+    sizes = ("--budget", 16, "--chunk", 8, "--local", 4, "--sinks", 2)
+    source = ("--heads", heads, "--prompt-file", text)
+    plain = run("generate", model, *source, *sizes, "--new", 12)
+    assert run("generate", model, *source, *sizes, "--new", 12, *options) != plain
+    output = run("explain", model, "--tokens", 1000, *sizes, *options)
+    assert ("in the mean, none above 40" in output) == ("--budgets" in options)
+    bare = run("explain", model, "--tokens", 1000, *sizes)
+    held = [next(x for x in o.splitlines() if "most held" in x) for o in (bare, output)]
+    assert (held[0] == held[1]) == ("--storage" not in options)

@@ -129,7 +129,9 @@ def test_no_head_ever_holds_more_than_budget_and_chunk(model, heads, scorer: str
     with locret(model, kind, SMALL):
         model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
                        max_new_tokens=120, do_sample=False)  # fmt: skip
-    assert cache.peak == 24 and max(layer.keys.shape[2] for layer in cache.layers) == 24
+    assert cache.peak == 24 and all(
+        layer.entries.planes["key"][0].shape[2] == 24 for layer in cache.layers
+    )
     assert cache.kv_bytes() <= 2 * 2 * 24 * (16 + 16) * 4
     for positions in cache.kept():
         for head in positions[0]:
@@ -166,7 +168,7 @@ def test_renumbered_keys_are_keys_at_their_new_places(model, heads) -> None:
     for head in range(2):
         mine = k[:, head : head + 1, layer.positions[0, head, :16].long()]
         expected, _ = apply_rotary_pos_emb(mine, mine, cos, sin)
-        assert (layer.keys[0, head, :16] - expected[0, 0]).abs().max() < 1e-4
+        assert (layer.all("key")[0, head, :16] - expected[0, 0]).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -226,7 +228,7 @@ def test_errors_say_what_to_do(model, heads) -> None:
     window = testbed.tiny("mistral", sliding_window=8)
     with pytest.raises(ValueError, match="sliding windows and custom masks are not supported"):
         generate(window, "keynorm", ids, SMALL)
-    with pytest.raises(ValueError, match='positions must be "contiguous"'):
+    with pytest.raises(ValueError, match='positions must be one of "contiguous", "original"'):
         LocretConfig(positions="x")
     bad = RetainingHeads.for_model(model, hidden=0)
     bad.layers[1].fc2.bias.data.fill_(float("nan"))

@@ -23,11 +23,11 @@ def test_closed_forms_are_what_is_done(tokens: int, local: int, monkeypatch) -> 
     held: list[int] = []
     right = context_module.attend
 
-    def counted(q, k, v, mask, scaling):
+    def counted(q, k, v, mask, scaling, bias):
         new, n = q.shape[2], k.shape[2]
         pairs.append(sum(n - new + i + 1 for i in range(new)))
         held.append(k.nbytes + v.nbytes)
-        return right(q, k, v, mask, scaling)
+        return right(q, k, v, mask, scaling, bias)
 
     monkeypatch.setattr(context_module, "attend", counted)
     heads = RetainingHeads.for_model(model, hidden=8)
@@ -41,6 +41,26 @@ def test_closed_forms_are_what_is_done(tokens: int, local: int, monkeypatch) -> 
     assert c.linear_flops == 2 * linear * tokens
     if tokens <= 16:
         assert c.pairs == c.full_pairs and c.held_bytes == c.full_bytes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("storage", ["model", "int8", "int4"])
+@pytest.mark.parametrize("budgets", ["uniform", "head", "layer"])
+@pytest.mark.parametrize("merge", [None, 0.5])
+def test_every_byte_is_counted(storage: str, budgets: str, merge: float | None) -> None:
+    """The buffers' own sizes when they are fullest: a chunk beside a full budget, all layers."""
+    model = testbed.tiny("llama-gqa3")
+    config = LocretConfig(
+        budget=16, chunk=8, stabilisers=4, local=8, storage=storage, budgets=budgets, merge=merge
+    )
+    cache = prefill(model, "keynorm", torch.randint(5, 250, (1, 48)), config)
+    c = costs(Shape.of(model.config), 48, config, bytes_per_value=4)
+    assert cache.kv_bytes() == c.held_bytes  # the tail of 8 was read after the last eviction
+    noted = cache.note_bytes()
+    turned = sum(x.turns.nbytes for x in cache.layers if x.turns is not None)
+    if budgets == "uniform":  # what came last has not turned
+        assert noted == c.note_bytes - turned // 16 * 8
+    assert noted <= c.note_bytes
 
 
 def test_long_prompts_pay_for_budget_and_chunk_alone() -> None:

@@ -41,13 +41,30 @@ def test_a_sample_is_context_question_and_answer(quality, task: str) -> None:
     assert all(value in context and value in answer for value in sample.answers)
 
 
-def test_only_blocks_that_every_arm_finished_count(quality) -> None:
-    names = [f"{mode} {name} {budget:g}" for mode, name, budget in quality.arms()]
+def test_texts_of_tasks_are_none_that_are_measured(quality) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(testbed.smollm2_path())
+    shared = sys.modules["shared"]
+    assert not set(shared.TASKS) & set(quality.TASKS)
+    found = shared.question_texts(tokenizer, 16, 512)
+    assert len(found) == 16 and len({e.ids.numpy().tobytes() for e in found}) == 16
+    for text in found:
+        end = text.ids[len(text.ids) - text.answer :]
+        assert 0 < text.query < text.answer < len(text.ids) // 2
+        assert text.ids[: text.query].tolist() == end[: text.query].tolist()
+    asked = [tokenizer.decode(e.ids[len(e.ids) - e.answer :]) for e in found]
+    assert sum(a.startswith(("\nWhat", "\nQuestion")) for a in asked) == 8
+
+
+@pytest.mark.parametrize("group", ["hidden", "known", "options"])
+def test_only_blocks_that_every_arm_finished_count(quality, group: str) -> None:
+    names = quality.arms(group)
     cells = {f"vt | {name} | 0": [1.0, 2.0] for name in names}
     cells |= {f"vt | {name} | 4": [3.0] for name in names[1:]}
-    found = quality.gathered(cells)
+    found = quality.gathered(cells, group)
     assert set(found) == {"vt"} and all(v == [1.0, 2.0] for v in found["vt"].values())
-    assert "2 samples" in quality.show(found)
+    assert "2 samples" in quality.show(group, found)
 
 
 def test_bootstrap_is_of_pairs(quality) -> None:

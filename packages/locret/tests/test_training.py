@@ -142,7 +142,7 @@ def test_windows_come_from_all_documents_in_turn(tmp_path: Path) -> None:
 
 
 def test_of_a_long_prompt_the_middle_goes() -> None:
-    [found] = examples([("a bb ccc dddd eeeee", "x")], Words(), length=4, answer=1)
+    [found] = examples([("a bb ccc dddd", "eeeee", "x")], Words(), length=4, answer=1)
     assert found.ids.tolist() == [1, 4, 5, 1]
 
 

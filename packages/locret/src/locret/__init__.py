@@ -27,6 +27,7 @@ _HOME = {
     "locret": "context",
     "prefill": "generation",
     "qkv_input": "retaining_head",
+    "query_first": "generation",
     "retaining_loss": "retaining_head",
 }
 

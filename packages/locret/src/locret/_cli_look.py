@@ -9,14 +9,17 @@ import typer
 
 from locret._cli_options import (
     Budget,
+    Budgets,
     Chunk,
     Dtype,
     Heads,
     Local,
+    Merge,
     Model,
     Scorer,
     Sinks,
     Stabilisers,
+    Storage,
     chosen,
     sized,
 )
@@ -33,6 +36,9 @@ def explain(
     stabilisers: Stabilisers = None,
     sinks: Sinks = 0,
     local: Local = 100,
+    storage: Storage = "model",
+    budgets: Budgets = "uniform",
+    merge: Merge = None,
 ) -> None:
     """Memory and operations of one prompt, bounded and with the full cache; reads no weights.
 
@@ -45,7 +51,9 @@ def explain(
     from locret.costs import Shape, costs
     from locret.models import load_config
 
-    config = sized(budget, chunk, stabilisers, sinks, local)
+    config = sized(
+        budget, chunk, stabilisers, sinks, local, storage=storage, budgets=budgets, merge=merge
+    )
     shape = Shape.of(load_config(model))
     c = costs(shape, tokens, config, hidden=hidden, input=input, bytes_per_value=bytes_per_value)
     table = Table(f"{tokens:,} tokens", "full cache", "bounded", "full / bounded")
@@ -60,7 +68,9 @@ def explain(
     row("prefill, heads", 0, c.head_flops, 1e9, "GFLOP")
     Console().print(table)
     print(
-        f"At most {config.capacity:,} entries a head (budget {budget:,} + chunk {chunk:,}), in "
+        f"At most {config.capacity:,} entries a head (budget {budget:,} + chunk {chunk:,})"
+        + (f" in the mean, none above {config.ceiling + chunk:,}" * (budgets != "uniform"))
+        + ", in "
         f"{c.chunks:,} calls; their scores and positions: {c.note_bytes / 1e6:,.3g} MB; heads: "
         f"{c.head_parameters / 1e6:,.3g} M parameters. Prefill: up to {c.prefill_speedup:.2f}×."
     )
@@ -79,6 +89,7 @@ def visualize(
     stabilisers: Stabilisers = None,
     sinks: Sinks = 4,
     local: Local = 16,
+    budgets: Budgets = "uniform",
     dtype: Dtype = "float32",
 ) -> None:
     """Draw what was kept of a real prompt: its tokens to the right, layers and heads downwards."""
@@ -87,13 +98,16 @@ def visualize(
     from locret.visualise import check_output, kept_map, plot_kept, save
 
     check_output(output)
-    eye, config = chosen(heads, scorer), sized(budget, chunk, stabilisers, sinks, local)
+    eye = chosen(heads, scorer)
+    config = sized(budget, chunk, stabilisers, sinks, local, budgets=budgets)
     decoder, tokenizer = load_model(model, dtype)
     ids = read_prompt(prompt_file, tokenizer, max_tokens).to(decoder.device)
     kept = prefill(decoder, eye, ids, config).kept()
     n = ids.shape[1]
     share = kept_map(kept, n, bins)
     by = "trained heads" if heads else scorer
-    title = f"{by}: {kept[0].shape[2]:,} of {n:,} tokens kept by each head"
+    mean = round(sum((x >= 0).float().sum(2).mean().item() for x in kept) / len(kept))
+    each = "each head" if budgets == "uniform" else f"a head in the mean, budgets by {budgets}"
+    title = f"{by}: {mean:,} of {n:,} tokens kept by {each}"
     save(plot_kept(share, kept[0].shape[1], n, title=title), output)
     print(f"{output}: {title}, {len(kept)} layers")

@@ -38,7 +38,16 @@ Stabilisers = Annotated[
 Sinks = Annotated[int, typer.Option(help="First tokens that always stay.")]
 Local = Annotated[int, typer.Option(help="Last tokens, read after the last eviction.")]
 Positions = Annotated[str, typer.Option(help='Of what is kept: "contiguous" or "original".')]
-Storage = Annotated[str, typer.Option(help='Of keys and values: "model" (its dtype) or "int8".')]
+Storage = Annotated[
+    str, typer.Option(help='Of keys and values: "model" (its dtype), "int8" or "int4".')
+]
+Budgets = Annotated[
+    str, typer.Option(help='Alike for all ("uniform"), or shared by need: "layer" or "head".')
+]
+Merge = Annotated[
+    float | None,
+    typer.Option(help="Evicted values join kept keys of this cosine or more.", show_default="no"),
+]
 Length = Annotated[int, typer.Option(help="Tokens of a window.")]
 Answer = Annotated[int, typer.Option(help="Tokens at a window's end whose queries count.")]
 Dtype = Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")]
@@ -57,16 +66,14 @@ def chosen(heads: Path | None, scorer: str) -> Any:
 
 
 def sized(
-    budget: int, chunk: int, stabilisers: int | None, sinks: int, local: int,
-    positions: str = "contiguous", storage: str = "model",
+    budget: int, chunk: int, stabilisers: int | None, sinks: int, local: int, **more: Any,
 ) -> LocretConfig:  # fmt: skip
     """The configuration that the options ask for."""
     from locret.config import LocretConfig
 
     return LocretConfig(
         budget=budget, chunk=chunk, stabilisers=budget // 4 if stabilisers is None else stabilisers,
-        sinks=sinks, local=local,
-        positions=positions, storage=storage,  # type: ignore[arg-type]  # checked there
+        sinks=sinks, local=local, **more,
     )  # fmt: skip
 
 

@@ -14,38 +14,50 @@ from torch.nn.functional import scaled_dot_product_attention
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of the newest T of n entries.
 
     Args:
         q: `[B, H, T, D]`.
         k, v: `[B, J, n, D]`, the last T are the queries' own.
-        mask: bool `[B or 1, 1, T, n]`, True where a query may look, for rows with padding; None:
-            each query sees what is older, and itself.
+        mask: bool `[B or 1, 1 or J, T, n]`, True where a query may look, for rows with padding;
+            None: each query sees what is older, and itself.
         scaling: what q · k is multiplied by.
+        bias: float `[B, J, n − T]`, added to the scores of the older entries: −∞ where a head holds
+            nothing, log m for an entry that stands for m; every head holds one. None: nothing.
 
     Returns:
         `[B, H, T, D]`.
     """
     new, held = q.shape[2], k.shape[2]
-    if mask is None and 1 < new < held:
-        if q.device.type == "cpu" and v.shape[-1] == q.shape[-1] and not q.requires_grad:
-            return _in_two(q, k, v, scaling)
+    if mask is None and 1 < new < held and q.device.type == "cpu":
+        if v.shape[-1] == q.shape[-1] and not q.requires_grad:
+            return _in_two(q, k, v, scaling, bias)
+    causal = mask is None and new > 1
+    if causal and (new < held or bias is not None):
         at = torch.arange(held, device=q.device)
-        mask = at[None] <= held - new + at[:new, None]
+        mask, causal = at[None] <= held - new + at[:new, None], False
+    if bias is not None:
+        bias = torch.nn.functional.pad(bias, (0, new)).to(q.dtype)[:, :, None]
+        mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
+    if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
+        mask = mask.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     return scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True,
-        is_causal=mask is None and new == held and new > 1,
-    )  # fmt: skip
+        q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True, is_causal=causal
+    )
 
 
-def _in_two(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+def _in_two(q: Tensor, k: Tensor, v: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
     b, h, new, d = q.shape
     j, old = k.shape[1], k.shape[2] - new
     group = h // j
     # Query heads of a group, one after another, are more queries of the same keys.
     folded = q.reshape(b, j, group * new, d)
-    past, past_lse = _flash(folded, k[:, :, :old], v[:, :, :old], scale=scaling)
+    added = None if bias is None else bias.to(q.dtype)[:, :, None]
+    past, past_lse = _flash(folded, k[:, :, :old], v[:, :, :old], attn_mask=added, scale=scaling)
     past, past_lse = past.reshape(b, h, new, d), past_lse.reshape(b, h, new)
     own_k, own_v = (
         x[:, :, None, old:].expand(b, j, group, new, d).reshape(b, h, new, d) for x in (k, v)

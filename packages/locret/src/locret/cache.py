@@ -1,15 +1,13 @@
-"""A transformers cache in which no head ever holds more than budget + chunk entries."""
+"""A transformers cache in which heads never hold more than budget + chunk entries."""
 
 from __future__ import annotations
-
-import copy
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from locret.config import LocretConfig
-from locret.layer_store import BUFFERS, LayerStore
+from locret.layer_store import LayerStore
 
 
 class LocretCache(Cache):
@@ -59,29 +57,26 @@ class LocretCache(Cache):
         """A copy that can be decoded from, again and again, without reading the text again."""
         twin = LocretCache(self.config)
         twin.__dict__.update(self.__dict__)
-        twin.layers = []
-        for layer in self.layers:
-            new = copy.copy(layer)
-            for name in BUFFERS:
-                # As large as what is held: a question needs little more.
-                setattr(new, name, getattr(layer, name)[:, :, : layer.held].clone())
-            new.state = dict(layer.state)
-            twin.layers.append(new)
+        twin.layers = [layer.fork() for layer in self.layers]
         return twin
 
     def kept(self) -> list[Tensor]:
-        """By layer, positions in the text that each head holds, int32 `[B, J, n]`; −1: padding."""
+        """By layer, positions in the text that each head holds, int32 `[B, J, n]`; −1: none."""
         found = []
         for layer in self.layers:
-            positions = layer.positions[:, :, : layer.held].clone()
+            positions = layer.positions.clone()
             if layer.valid is not None:
-                positions.masked_fill_(~layer.valid[:, None], -1)
+                positions.masked_fill_(~layer.valid, -1)
             found.append(positions)
         return found
 
     def kv_bytes(self) -> int:
         """Bytes of all keys and values held now."""
         return sum(layer.kv_bytes() for layer in self.layers)
+
+    def note_bytes(self) -> int:
+        """Bytes of what is noted of them, such as scores and positions."""
+        return sum(layer.note_bytes() for layer in self.layers)
 
     @property
     def peak(self) -> int:

@@ -12,8 +12,9 @@ from locret.cache import LocretCache
 
 
 def read(
-    forward: Callable[..., Any], ids: Tensor, cache: LocretCache, kwargs: dict[str, Any]
-) -> Any:
+    forward: Callable[..., Any], ids: Tensor, cache: LocretCache, kwargs: dict[str, Any],
+    settle: Callable[[LocretCache], None],
+) -> Any:  # fmt: skip
     """Feed `ids` to the model's own forward, and give its output as if it were one call.
 
     The rows of a padded batch are packed to the left first, so that chunks of a row begin at the
@@ -25,6 +26,7 @@ def read(
         cache: grows and is pruned.
         kwargs: of the call. `attention_mask` `[B, T]` or `[B, past + T]`; `logits_to_keep` as in
             transformers, an integer. `position_ids` are ignored: they follow from the cache.
+        settle: called with the cache after each piece.
 
     Returns:
         the model's output of the last piece, its logits those of the columns asked for; padding
@@ -61,6 +63,7 @@ def read(
             logits = output.logits.new_zeros(B, keep, output.logits.shape[-1])
         rows, places = (wanted & valid)[:, first:].nonzero(as_tuple=True)
         logits[rows, columns[rows, places + first] - (T - keep)] = output.logits[rows, places]
+        settle(cache)
         cache.seen = cache.seen + valid.sum(1, keepdim=True)
     cache.columns += T
     cache.evicting, cache.valid, cache.last = False, None, None

@@ -13,12 +13,14 @@ from locret._cli_look import explain, visualize
 from locret._cli_options import (
     Answer,
     Budget,
+    Budgets,
     Chunk,
     Data,
     Dtype,
     Heads,
     Length,
     Local,
+    Merge,
     Model,
     Positions,
     Scorer,
@@ -49,17 +51,25 @@ def train(
         Path | None,
         typer.Option(help="Folder of labels and finished layers.", show_default="OUTPUT/work"),
     ] = None,
-    texts: Annotated[int, typer.Option(help="Windows to learn from and measure on.")] = 64,
+    texts: Annotated[int, typer.Option(help="Windows to learn from and measure on.")] = 256,
     length: Length = 1024,
     answer: Answer = 128,
     hidden: Annotated[int, typer.Option(help="Width of a head; 0: ridge alone, minutes.")] = 256,
     input: Annotated[str, typer.Option(help='What heads read: "hidden" or "qkv".')] = "hidden",
-    epochs: Annotated[int, typer.Option(help="Passes over the labels.")] = 8,
+    epochs: Annotated[int, typer.Option(help="Passes over the labels.")] = 4,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     loss: Annotated[
         str, typer.Option(help='"top" asks for the order of the best, "paper" is Eq. 5.')
     ] = "top",
     seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
+    query_aware: Annotated[
+        bool,
+        typer.Option(
+            "--query-aware",
+            help="Locret-Q: texts begin with what is asked of them. Lines of JSON "
+            "need a question; of plain text, the answer's first tokens are it.",
+        ),
+    ] = False,
     dtype: Dtype = "bfloat16",
     keep: Annotated[
         bool, typer.Option(help="Keep the work folder: some 0.5 MB a text and layer.")
@@ -81,7 +91,9 @@ def train(
     load_config(model)
     found = [text for path in data for text in read_texts(path)]
     decoder, tokenizer = load_model(model, dtype)
-    windows = examples(found, tokenizer, length=length, answer=answer, count=texts)
+    windows = examples(
+        found, tokenizer, length=length, answer=answer, count=texts, query_aware=query_aware
+    )
     work = work or output / "work"
     with progress_bar() as progress:
         heads, facts = train(decoder, windows, config, work, progress)
@@ -130,7 +142,10 @@ def evaluate(
         eyes[name] = chosen(None, name)
     found = [text for path in data for text in read_texts(path)]
     decoder, tokenizer = load_model(model, dtype)
-    windows = examples(found, tokenizer, length=length, answer=answer, count=texts)
+    aware = bool(heads) and eyes["heads"].config.query_aware
+    windows = examples(
+        found, tokenizer, length=length, answer=answer, count=texts, query_aware=aware
+    )
     shares = budget or [0.25, 0.125]
     with progress_bar() as progress:
         over = overlaps(decoder, eyes, windows, progress=lambda t, d: progress(t, d * 0.3))
@@ -163,25 +178,41 @@ def generate(
     local: Local = 100,
     positions: Positions = "contiguous",
     storage: Storage = "model",
+    budgets: Budgets = "uniform",
+    merge: Merge = None,
     dtype: Dtype = "float32",
 ) -> None:
     """Continue a long text, or answer questions about it, within budget + chunk entries a head.
 
-    The text is read once; every question is asked of a copy of what is left of it.
+    The text is read once; every question is asked of a copy of what is left of it. Query-aware
+    heads read it anew for every question, which also stands before it.
     """
     import sys
 
-    from locret.generation import generate, prefill
+    import torch
+
+    from locret.generation import generate, prefill, query_first
     from locret.models import load_model, read_prompt
 
     eye = chosen(heads, scorer)
-    config = sized(budget, chunk, stabilisers, sinks, local, positions, storage)
+    config = sized(
+        budget, chunk, stabilisers, sinks, local, positions=positions, storage=storage,
+        budgets=budgets, merge=merge,
+    )  # fmt: skip
     decoder, tokenizer = load_model(model, dtype)
     ids = read_prompt(prompt_file, tokenizer, None).to(decoder.device)
     options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False}
     if not question:
         out = generate(decoder, eye, ids, config, **options)
         print(tokenizer.decode(out[0], skip_special_tokens=True))
+        return
+    if getattr(getattr(eye, "config", None), "query_aware", False):
+        for asked in question:
+            more = tokenizer(asked, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            more = more.to(decoder.device)
+            text, sizes = query_first(more, ids, config)
+            out = generate(decoder, eye, torch.cat([text, more], 1), sizes, **options)
+            print(f"{asked}{tokenizer.decode(out[0], skip_special_tokens=True)}")
         return
     cache = prefill(decoder, eye, ids, config)
     print(f"{ids.shape[1]:,} tokens read, at most {cache.peak:,} entries held", file=sys.stderr)
@@ -203,6 +234,9 @@ def bench(
     stabilisers: Stabilisers = None,
     sinks: Sinks = 4,
     local: Local = 100,
+    storage: Storage = "model",
+    budgets: Budgets = "uniform",
+    merge: Merge = None,
     dtype: Dtype = "float32",
 ) -> None:
     """Time prefill and decoding, bounded against the model with its full cache, on this machine.
@@ -217,7 +251,10 @@ def bench(
     from locret.models import load_model
     from locret.timing import measure
 
-    eye, config = chosen(heads, scorer), sized(budget, chunk, stabilisers, sinks, local)
+    eye = chosen(heads, scorer)
+    config = sized(
+        budget, chunk, stabilisers, sinks, local, storage=storage, budgets=budgets, merge=merge
+    )
     decoder, _ = load_model(model, dtype)
     table = Table("tokens", "prefill", "dense", "ratio", "decode", "dense", "cache", "dense")
     rows = []

@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from locret._attention import attention_modules
 from locret.attention import attend
+from locret.budgets import shared_limits
 from locret.cache import LocretCache
 from locret.chunks import read
 from locret.config import LocretConfig
+from locret.eviction import ranked
 from locret.interface import IMPLEMENTATION, Call, Rotation, exchanged, rotary_of, rotate
 from locret.scorers import as_scorer
-from locret.scoring import Scorer, Step
+from locret.scoring import Scorer, Step, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from locret.heads import RetainingHeads
+    from locret.layer_store import LayerStore
 
 
 @contextmanager
@@ -64,7 +68,7 @@ def locret(
                 f"past_key_values must be a LocretCache, got {type(cache).__name__}: "
                 "model.generate(..., past_key_values=LocretCache(config))"
             )
-        return read(inner, input_ids, cache, kwargs)
+        return read(inner, input_ids, cache, kwargs, engine.settle)
 
     with exchanged(model, engine.attend, engine.enter):
         model.forward = forward  # type: ignore[method-assign]
@@ -82,7 +86,8 @@ class _Engine:
 
     def __init__(self, model: PreTrainedModel, scorer: Scorer) -> None:
         self.scorer = scorer
-        self.module = attention_modules(model, IMPLEMENTATION)[0]
+        modules = attention_modules(model, IMPLEMENTATION)
+        self.module, self.first = modules[0], modules[0].layer_idx
         self.rotary = rotary_of(model)
 
     def rotation(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,25 +101,68 @@ class _Engine:
         if not isinstance(cache, LocretCache):
             return rotation
         layer, new = cache.layer(module.layer_idx), hidden.shape[1]
-        move = self.move if cache.config.positions == "contiguous" else None
-        if layer.held + new > cache.config.capacity:
-            self.scorer.rescore(layer)
-            layer.evict(None, move, self.due(layer, cache, new))
-        if move is None or layer.columns == layer.held:
-            return rotation  # nothing was evicted yet: places are positions
+        if cache.config.budgets == "layer":
+            if module.layer_idx == self.first:
+                self.make_room(cache, cache.layers, new)
+        else:
+            self.make_room(cache, [layer], new)
+        if cache.config.positions == "original" or not layer.evicted:
+            return rotation
         places = torch.arange(new, device=hidden.device)[None]
         if cache.valid is not None:
             places = (cache.valid.cumsum(1) - 1).clamp(min=0)
         return self.rotation(layer.counts() + places, hidden)
 
-    def due(self, layer: Any, cache: LocretCache, new: int) -> Tensor | None:
-        """Rows that would not hold their new tokens, `[B]`: padding must not cut a row earlier than
-        it would be cut alone. None: all.
-        """
-        if layer.valid is None:
-            return None
-        coming = new if cache.valid is None else cache.valid.sum(1)
-        return layer.valid.sum(1) + coming > cache.config.capacity
+    def make_room(self, cache: LocretCache, layers: list[LayerStore], new: int) -> None:
+        """Evict from layers that share a budget where the new tokens would not fit."""
+        layers = [layer for layer in layers if layer.held]
+        if sum(layer.held + new for layer in layers) <= len(layers) * cache.config.capacity:
+            return  # even if no column were empty
+        held = torch.cat([layer.lane_counts() for layer in layers], 1)
+        room = held.shape[1] * cache.config.capacity
+        coming = held.new_full((len(held),), new) if cache.valid is None else cache.valid.sum(1)
+        # Padding must not cut a row earlier than it would be cut alone.
+        due = held.sum(1) + held.shape[1] * coming > room
+        # A rectangle is rid of its padding even where no row is cut.
+        if cache.config.budgets == "uniform" or bool(due.any()):
+            self.evict(cache, layers, None, due)
+
+    def evict(
+        self, cache: LocretCache, layers: list[LayerStore], last: Tensor | None,
+        due: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Cut layers to their budgets, which `budgets` says who shares."""
+        for layer in layers:
+            self.scorer.rescore(layer)
+        move = self.move if cache.config.positions == "contiguous" else None
+        limits: list[Tensor | None] = [None] * len(layers)
+        if cache.config.budgets != "uniform":
+            limits = self.limits(cache.config, layers, last)
+        for layer, limit in zip(layers, limits, strict=True):
+            layer.evict(last, move, due, limit)
+
+    def limits(
+        self, config: LocretConfig, layers: list[LayerStore], last: Tensor | None
+    ) -> list[Tensor | None]:
+        """Entries that each head keeps, int64 `[B, J]`, by layer."""
+        sorted_, counts = [], []
+        width = max(layer.held for layer in layers)
+        for layer in layers:
+            order = ranked(layer.scores, layer.positions, layer.valid, last, config)
+            worth = self.scorer.comparable(layer).float().gather(2, order)
+            sorted_.append(pad(worth, (0, width - layer.held)))
+            counts.append(layer.lane_counts())
+        if config.budgets == "head":
+            return [shared_limits(w, n, config) for w, n in zip(sorted_, counts, strict=True)]
+        # The r-th best of a layer is the mean of its heads' r-th best: they have as many.
+        worth = torch.stack([w.mean(1) for w in sorted_], 1)
+        limit = shared_limits(worth, torch.stack([n[:, 0] for n in counts], 1), config)
+        return [limit[:, i, None].expand_as(n) for i, n in enumerate(counts)]
+
+    def settle(self, cache: LocretCache) -> None:
+        """After all layers read a chunk: the eviction that needs to see them all."""
+        if cache.evicting and cache.config.budgets == "layer":
+            self.evict(cache, cache.layers, cache.last)
 
     def move(self, keys: Tensor, by: Tensor) -> Tensor:
         """Turn keys `[B, J, m, D]` by so many positions `[B, J, m]`."""
@@ -139,23 +187,28 @@ class _Engine:
         )
         positions = positions.expand(call.q.shape[0], new)
         layer.note(torch.zeros((), device=call.q.device), positions, fresh)
-        mask = _mask(layer.valid, new, layer.held, call.q)
-        out = attend(call.q, call.k, call.v, mask, call.scaling)
-        step = Step(call, layer, mask, lambda p: self.rotation(p, call.k))
-        layer.scores[:, :, layer.held - new : layer.held] = self.scorer.observe(step)
-        if cache.evicting and (layer.held > cache.config.budget or layer.valid is not None):
-            self.scorer.rescore(layer)
-            layer.evict(cache.last, self.move if cache.config.positions == "contiguous" else None)
+        mask, bias = None, _bias(layer, new)
+        if fresh is not None or (bias is not None and not bool(bias.amax(2).isfinite().all())):
+            mask = visible(layer.valid, slice(None), new, layer.held, call.q.device)
+            bias = None if layer.masses is None else layer.masses[..., : layer.held - new].log()
+        out = attend(call.q, call.k, call.v, mask, call.scaling, bias)
+        step = Step(call, layer, lambda p: self.rotation(p, call.k))
+        layer.scores[:, :, layer.held - new :] = self.scorer.observe(step)
+        config = cache.config
+        if not cache.evicting or config.budgets == "layer":
+            return out
+        if layer.held > config.budget or layer.valid is not None:
+            self.evict(cache, [layer], cache.last)
         return out
 
 
-def _mask(valid: Tensor | None, new: int, held: int, q: Tensor) -> Tensor | None:
-    """bool `[B, 1, T, n]`, True where a query may look; None where no row has padding."""
-    if valid is None:
+def _bias(layer: LayerStore, new: int) -> Tensor | None:
+    """float32 `[B, J, n − T]` for the older entries; see `attention.attend`. None: all zero."""
+    old = slice(0, layer.held - new)
+    if layer.held == new:
         return None
-    old = held - new
-    at = torch.arange(new, device=q.device)
-    seen = torch.arange(held, device=q.device)[None] <= old + at[:, None]
-    # A padding query sees itself, or its softmax would be over nothing.
-    own = torch.arange(held, device=q.device)[None] == old + at[:, None]
-    return ((seen & valid[:, None]) | own)[:, None]
+    bias = None if layer.masses is None else layer.masses[..., old].log()
+    if layer.valid is None or bool(layer.valid[..., old].all()):
+        return bias
+    bias = torch.zeros(layer.scores[..., old].shape, device=layer.device) if bias is None else bias
+    return bias.masked_fill(~layer.valid[..., old], -torch.inf)

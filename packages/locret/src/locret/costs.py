@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from locret.config import LocretConfig
+from locret.quantised import entry_bytes
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,12 @@ class Costs:
     """One sequence, all layers.
 
     Attributes:
-        full_bytes: keys and values of all tokens.
-        held_bytes: the most keys and values that are held at any time.
-        note_bytes: scores and positions of what is held.
+        full_bytes: keys and values of all tokens, in the model's dtype.
+        held_bytes: the most keys and values that are held at any time, with the scales of coded
+            ones; the same for all `budgets`.
+        note_bytes: what is noted of them: scores, positions, masses where entries are merged, how
+            far coded keys are to be turned, and where packed ones lie. An upper bound where
+            budgets are not uniform: then notes are as wide as the fullest head's.
         head_parameters: of all retaining heads.
         pairs, full_pairs: (query, key) pairs that one query head's prefill visits in one layer.
         attention_flops, full_attention_flops: of prefill.
@@ -85,7 +89,7 @@ def costs(
         config: sizes.
         hidden: d_R of the heads, 0 for linear ones; both with biases.
         input: "hidden" or "qkv", what the heads read.
-        bytes_per_value: of a cached number.
+        bytes_per_value: of a number in the model's dtype.
     """
     if tokens < 1 or bytes_per_value < 1 or hidden < 0:
         raise ValueError(
@@ -101,7 +105,15 @@ def costs(
         held = held + piece if chunks * config.chunk >= body else min(held + piece, config.budget)
         chunks += 1
     entry = shape.layers * shape.kv_heads
-    value = 2 * shape.head_dim * bytes_per_value
+    full, coded = (
+        2 * entry_bytes(storage, shape.head_dim, bytes_per_value)
+        for storage in ("model", config.storage)
+    )
+    note, columns = 8, peak
+    note += 4 * (config.merge is not None)
+    note += 4 * (config.storage != "model" and config.positions == "contiguous" and tokens > peak)
+    if config.budgets != "uniform":
+        note, columns = note + 8, min(tokens, config.ceiling + config.chunk)
     full_pairs = tokens * (tokens + 1) // 2
     per_pair = 4 * shape.layers * shape.heads * shape.head_dim
     width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
@@ -110,9 +122,9 @@ def costs(
     linear = shape.hidden_size * (width + shape.heads * shape.head_dim)
     linear += 3 * shape.hidden_size * shape.intermediate_size
     return Costs(
-        full_bytes=entry * value * tokens,
-        held_bytes=entry * value * peak,
-        note_bytes=entry * 8 * peak,
+        full_bytes=entry * full * tokens,
+        held_bytes=entry * coded * peak,
+        note_bytes=entry * note * columns,
         head_parameters=shape.layers * (matrices + hidden + shape.kv_heads),
         pairs=pairs,
         full_pairs=full_pairs,

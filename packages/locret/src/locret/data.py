@@ -15,10 +15,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def read_texts(path: str | Path) -> Iterator[str | tuple[str, str]]:
-    """Texts, or (prompt, answer), of a .txt or .jsonl file, or of a folder of them, in name order.
+# A text, or (prompt, question, answer); the question may be empty.
+Text = str | tuple[str, str, str]
 
-    A line of JSON has `text`, or `prompt` and `answer`.
+QUERY = 32  # tokens of a plain text's continuation that stand for a question
+
+
+def read_texts(path: str | Path) -> Iterator[Text]:
+    """Texts, or prompts with question and answer, of a .txt or .jsonl file, or of a folder of them.
+
+    A line of JSON has `text`, or `prompt`, `answer` and perhaps `question`. Files in name order.
 
     Raises:
         FileNotFoundError: no such path.
@@ -45,8 +51,8 @@ def read_texts(path: str | Path) -> Iterator[str | tuple[str, str]]:
 
 
 def examples(
-    texts: Iterable[str | tuple[str, str]], tokenizer: PreTrainedTokenizerBase, *,
-    length: int = 1024, answer: int = 128, count: int | None = None,
+    texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, *,
+    length: int = 1024, answer: int = 128, count: int | None = None, query_aware: bool = False,
 ) -> list[Example]:  # fmt: skip
     """Windows of text whose last `answer` tokens are the answer; prompts and answers as they are.
 
@@ -56,19 +62,26 @@ def examples(
         length: tokens of a window; shorter rests are dropped. Of a longer prompt the middle goes.
         answer: of a window.
         count: take this many, one of each document in turn, so that a few come from many.
+        query_aware: for Locret-Q, put the question before the prompt too; a window's question is
+            the first quarter of its answer, `QUERY` tokens at most.
 
     Raises:
-        ValueError: no text is long enough, or sizes that leave no prompt.
+        ValueError: no text is long enough, sizes that leave no prompt, or a prompt without its
+            question where the heads are to know it.
     """
     if not 0 < answer < length:
         raise ValueError(f"answer must lie between 1 and length − 1 = {length - 1}, got {answer}")
     queues: list[list[Example]] = []
     for text in texts:
         if isinstance(text, tuple):
-            queues.append([_pair(*text, tokenizer, length)])
+            queues.append([_pair(*text, tokenizer, length, query_aware)])
             continue
-        ids = _ids(text, tokenizer)
-        queues.append([Example(part, answer) for part in ids.split(length) if len(part) == length])
+        whole = [part for part in _ids(text, tokenizer).split(length) if len(part) == length]
+        if query_aware:
+            first = max(1, min(QUERY, answer // 4))
+            queues.append([asked(part, answer, first) for part in whole])
+        else:
+            queues.append([Example(part, answer) for part in whole])
     found = []
     for turn in range(max((len(q) for q in queues), default=0)):
         found += [queue[turn] for queue in queues if turn < len(queue)]
@@ -80,8 +93,27 @@ def examples(
     return [found[int(i * step)] for i in range(count)]
 
 
-def _pair(prompt: str, answer: str, tokenizer: Any, length: int) -> Example:
-    p, a = _ids(prompt, tokenizer), _ids(answer, tokenizer)
+def asked(ids: torch.Tensor, answer: int, first: int) -> Example:
+    """The text for Locret-Q: the first tokens of its end also stand before it.
+
+    Args:
+        ids: int64 `[T]`.
+        answer: tokens at its end, question included.
+        first: tokens of them that are the question.
+    """
+    start = len(ids) - answer
+    return Example(torch.cat([ids[start : start + first], ids]), answer, first)
+
+
+def _pair(
+    prompt: str, question: str, answer: str, tokenizer: Any, length: int, query_aware: bool
+) -> Example:
+    p, q, a = (_ids(text, tokenizer) for text in (prompt, question, answer))
+    if query_aware and not len(q):
+        raise ValueError("query-aware heads learn from lines with prompt, question and answer")
+    first = len(q) if query_aware else 0
+    # Where the question's rows are known they make labels too; else it ends the prompt.
+    p, a = (p, torch.cat([q, a])) if query_aware else (torch.cat([p, q]), a)
     if not len(p) or not len(a) or len(a) >= length:
         raise ValueError(
             f"a prompt of {len(p)} and an answer of {len(a)} tokens: both need one, and the answer "
@@ -90,7 +122,8 @@ def _pair(prompt: str, answer: str, tokenizer: Any, length: int) -> Example:
     room = length - len(a)
     if len(p) > room:
         p = torch.cat([p[: room // 2], p[len(p) - (room - room // 2) :]])
-    return Example(torch.cat([p, a]), len(a))
+    ids = torch.cat([p, a])
+    return asked(ids, len(a), first) if first else Example(ids, len(a))
 
 
 def _ids(text: str, tokenizer: Any) -> torch.Tensor:
@@ -99,7 +132,7 @@ def _ids(text: str, tokenizer: Any) -> torch.Tensor:
     )
 
 
-def _of_line(line: str, where: str) -> str | tuple[str, str]:
+def _of_line(line: str, where: str) -> Text:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
@@ -108,5 +141,7 @@ def _of_line(line: str, where: str) -> str | tuple[str, str]:
         if isinstance(entry.get("text"), str):
             return entry["text"]
         if isinstance(entry.get("prompt"), str) and isinstance(entry.get("answer"), str):
-            return entry["prompt"], entry["answer"]
+            question = entry.get("question", "")
+            if isinstance(question, str):
+                return entry["prompt"], question, entry["answer"]
     raise ValueError(f'{where} has neither "text" nor "prompt" and "answer"')

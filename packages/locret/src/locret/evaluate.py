@@ -62,8 +62,11 @@ def overlaps(
         progress(f"overlap on text {at + 1} of {len(examples)}", at / len(examples))
         labels: list[Tensor] = []
         ids = example.ids[None].to(model.device)
-        collect(model, ids, example.answer, lambda layer, x, y, to=labels: to.append(y))
-        prompt = ids[:, : ids.shape[1] - example.answer]
+        collect(
+            model, ids, example.answer, lambda layer, x, y, to=labels: to.append(y),
+            query=example.query,
+        )  # fmt: skip
+        prompt, asked = ids[:, : ids.shape[1] - example.answer], example.query
         room = prompt.shape[1]
         whole = LocretConfig(budget=room, chunk=room, stabilisers=0, local=0)
         for name, eye in eyes.items():
@@ -71,7 +74,7 @@ def overlaps(
             cache = prefill(model, scorer, prompt, whole)
             for layer, truth in zip(cache.layers, labels, strict=True):
                 scorer.rescore(layer)
-                found[name].append(overlap(layer.scores[:, :, : layer.held].float(), truth, share))
+                found[name].append(overlap(layer.scores[..., asked:].float(), truth, share))
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
@@ -141,7 +144,10 @@ def nll_by_budget(
         for b, share in enumerate(budgets):
             config = sizes(max(8, round(share * n)), chunk)
             # The answer alone may not fill the cache, or it would evict what is measured.
-            config = replace(config, chunk=max(chunk, example.answer))
+            # What is asked stays, where the text begins with it.
+            config = replace(
+                config, chunk=max(chunk, example.answer), sinks=max(config.sinks, example.query)
+            )
             found["full"][b] += dense / len(examples)
             for name, eye in eyes.items():
                 nll = answer_nll(model, eye, prompt, prompt[:0], answer, config)

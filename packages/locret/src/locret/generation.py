@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,31 @@ def prefill(
     with locret(model, heads, config):
         model(input_ids=ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
     return cache
+
+
+def query_first(
+    query: Tensor, context: Tensor, config: LocretConfig
+) -> tuple[Tensor, LocretConfig]:
+    """Locret-Q: what is asked, before what is asked of, and never evicted.
+
+    So every later token's activations know the question, and heads that were trained on such texts
+    score by it. What is left is for this question alone, and it is asked again at the end:
+
+        ids, config = query_first(question, context, config)
+        generate(model, heads, torch.cat([ids, question], 1), config)
+
+    Args:
+        query: int64 `[B, q]`; context: int64 `[B, n]`.
+        config: sizes; its budget holds the question too.
+
+    Returns:
+        int64 `[B, q + n]`, and a configuration whose sinks are the question.
+
+    Raises:
+        ValueError: a budget that question and stabilisers fill.
+    """
+    config = replace(config, sinks=max(config.sinks, query.shape[1]))
+    return torch.cat([query, context], dim=1), config
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ class HeadsConfig:
         hidden: d_R; 0 for linear heads.
         activation: silu, gelu or relu.
         bias: whether the matrices have biases.
+        query_aware: Locret-Q: trained on texts that begin with what will be asked of them.
     """
 
     layers: int
@@ -41,6 +42,7 @@ class HeadsConfig:
     hidden: int = 1024
     activation: str = "silu"
     bias: bool = False
+    query_aware: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no model has."""
@@ -107,8 +109,9 @@ class RetainingHeads(nn.Module):
 
     @classmethod
     def for_model(
-        cls, model: PreTrainedModel, *, hidden: int = 256, input: str = "hidden", bias: bool = True
-    ) -> RetainingHeads:
+        cls, model: PreTrainedModel, *, hidden: int = 256, input: str = "hidden", bias: bool = True,
+        query_aware: bool = False,
+    ) -> RetainingHeads:  # fmt: skip
         """Untrained heads of the right shape; σ is the model's own where we know it."""
         activation = getattr(model.config.get_text_config(decoder=True), "hidden_act", "silu")
         return cls(
@@ -118,6 +121,7 @@ class RetainingHeads(nn.Module):
                 hidden=hidden,
                 activation=activation if activation in ACTIVATIONS else "silu",
                 bias=bias,
+                query_aware=query_aware,
             )
         )
 

@@ -49,7 +49,7 @@ def blocked_importance(q: Tensor, k: Tensor, scaling: float, rows: int = ROWS) -
 @torch.no_grad()
 def collect(
     model: PreTrainedModel, ids: Tensor, answer: int, receive: Receive, *, input: str = "hidden",
-    rows: int = ROWS,
+    rows: int = ROWS, query: int = 0,
 ) -> None:  # fmt: skip
     """Run texts and hand on each layer's head inputs and labels.
 
@@ -57,30 +57,31 @@ def collect(
         model: a transformers decoder; its weights need no gradient and get none.
         ids: int64 `[B, T]`, without padding.
         answer: tokens at the end whose queries make the labels; the T − answer before them are
-            labelled.
+            labelled, but for the first `query`.
         receive: called once for each layer, in order.
         input: "hidden" or "qkv", what heads read.
         rows: see `blocked_importance`.
+        query: tokens at the start that say what is asked; they are read and not labelled.
 
     Raises:
         ValueError: no prompt or no answer token.
     """
     B, T = ids.shape
     n = T - answer
-    if answer < 1 or n < 1:
+    if answer < 1 or n <= query:
         raise ValueError(
-            f"a text of {T} tokens with an answer of {answer} leaves {n} to label: both need at "
-            "least one token"
+            f"a text of {T} tokens with an answer of {answer} leaves {n - query} to label: both "
+            "need at least one token"
         )
 
     def attend(call: Call) -> Tensor:
-        labels = blocked_importance(call.q[:, :, n:], call.k[:, :, :n], call.scaling, rows)
+        labels = blocked_importance(call.q[:, :, n:], call.k[:, :, query:n], call.scaling, rows)
         if input == "hidden":
             x = call.hidden
         else:
             q, k = call.unrotated()
             x = qkv_input(q, k, call.v)
-        receive(call.layer, x[:, :n].float(), labels)
+        receive(call.layer, x[:, query:n].float(), labels)
         return scaled_dot_product_attention(
             call.q, call.k, call.v, is_causal=True, scale=call.scaling, enable_gqa=True
         )

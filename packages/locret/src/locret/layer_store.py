@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,19 +11,27 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from locret.config import LocretConfig
+from locret.entries import Entries, PackedEntries
 from locret.eviction import keep
-from locret.quantised import dequantise, quantise
+from locret.merging import merged
 
-BUFFERS = ("keys", "values", "key_scales", "value_scales", "scores", "positions")
+# (keys [B, J, m, D], by [B, J, m]) -> keys, turned by so many positions
+Turn = Callable[[Tensor, Tensor], Tensor]
 
 
 class LayerStore(CacheLayerMixin):
-    """A buffer of at most budget + chunk entries for each head; tokens are appended in place.
+    """At most ceiling + chunk entries for each head, and notes on each; tokens are appended.
 
     Attributes:
-        held: entries of each head now.
-        peak: the most there ever were.
-        valid: bool `[B, held]`, False for padding; None where there is none.
+        held: columns now: the entries of the head that has most.
+        peak: the most entries that any head ever held.
+        evicted: whether it was ever cut; before, an entry's place is its position.
+        scores: float32 `[B, J, held]`.
+        positions: int32 `[B, J, held]`, in the text.
+        valid: bool `[B, J, held]`, False where a head holds nothing, or padding; None: nowhere.
+        masses: float32 `[B, J, held]`, entries that each stands for; None without merging.
+        turns: int32 `[B, J, held]`, positions that coded keys have moved by since they were coded;
+            None where keys are not coded, or have not moved.
         state: whatever a scorer keeps of this layer.
     """
 
@@ -31,23 +41,26 @@ class LayerStore(CacheLayerMixin):
         super().__init__()
         self.config = config
         self.held = self.peak = self.columns = 0
+        self.evicted = False
+        self.entries: Entries | None = None
+        self.scores = self.positions = torch.empty(0, 0, 0)
         self.valid: Tensor | None = None
+        self.masses: Tensor | None = None
+        self.turns: Tensor | None = None
+        self.turn: Turn | None = None
         self.state: dict[str, Any] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and sizes from the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
-        b, j, _, d = key_states.shape
-        coded = self.config.storage == "int8"
-        kind = torch.int8 if coded else self.dtype
-        self.keys = key_states.new_empty(b, j, 0, d, dtype=kind)
-        self.values = value_states.new_empty(b, j, 0, value_states.shape[-1], dtype=kind)
-        # One scale an entry where entries are integers; none otherwise.
-        scale = torch.empty(b, j, 0, int(coded), device=self.device)
-        self.key_scales, self.value_scales = scale, scale.clone()
-        self.scores = torch.empty(b, j, 0, device=self.device)
-        self.positions = torch.empty(b, j, 0, dtype=torch.int32, device=self.device)
+        kind = Entries if self.config.budgets == "uniform" else PackedEntries
+        most = self.config.ceiling + self.config.chunk
+        self.entries = kind(self.config.storage, key_states, value_states, most)
+        none = torch.empty(*key_states.shape[:2], 0, device=self.device)
+        self.scores, self.positions = none, none.to(torch.int32)
+        if self.config.merge is not None:
+            self.masses = none
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -59,82 +72,108 @@ class LayerStore(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new = key_states.shape[2]
-        if self.held + new > self.config.capacity:
+        new, most = key_states.shape[2], self.config.ceiling + self.config.chunk
+        if self.held + new > most and int(self.lane_counts().max()) + new > most:
             raise ValueError(
                 f"{new} tokens do not fit beside the {self.held} held (budget + chunk = "
-                f"{self.config.capacity}): call the model inside `with locret(model, heads, "
-                "config)`, which reads long texts in chunks"
+                f"{most}): call the model inside `with locret(model, heads, config)`, which reads "
+                "long texts in chunks"
             )
-        self._grow(self.held + new)
-        self._put("key", self.held, key_states)
-        self._put("value", self.held, value_states)
+        self.entries.append(key_states, value_states)
         self.held += new
         self.columns += new
-        self.peak = max(self.peak, self.held)
         return self.all("key"), self.all("value")
 
     def all(self, name: str) -> Tensor:
         """Keys or values `[B, J, held, D]` in the model's dtype; name is "key" or "value"."""
-        stored = getattr(self, f"{name}s")[:, :, : self.held]
-        if self.config.storage == "model":
-            return stored
-        return dequantise(stored, getattr(self, f"{name}_scales")[:, :, : self.held], self.dtype)
-
-    def _put(self, name: str, at: int, entries: Tensor) -> None:
-        """Write entries `[B, J, T, D]` into the buffer from place `at`."""
-        part = slice(at, at + entries.shape[2])
-        if self.config.storage == "int8":
-            entries, scales = quantise(entries)
-            getattr(self, f"{name}_scales")[:, :, part] = scales
-        getattr(self, f"{name}s")[:, :, part] = entries
+        found = self.entries.read(name)
+        if name == "value" or self.turns is None or self.turn is None:
+            return found
+        old = self.turns.shape[2]  # what came later stands where it was coded
+        return torch.cat([self.turn(found[:, :, :old], self.turns), found[:, :, old:]], dim=2)
 
     def note(self, scores: Tensor, positions: Tensor, valid: Tensor | None) -> None:
         """What is known of the last T entries: scores `[B, J, T]`, positions and valid `[B, T]`."""
-        new = slice(self.held - positions.shape[1], self.held)
-        self.scores[:, :, new] = scores
-        self.positions[:, :, new] = positions[:, None].to(torch.int32)
+        b, j, before = self.scores.shape
+        wide = (b, j, positions.shape[1])
+        self.scores = torch.cat([self.scores, scores.expand(wide)], 2)
+        self.positions = torch.cat([self.positions, positions[:, None].int().expand(wide)], 2)
+        if self.masses is not None:
+            self.masses = torch.cat([self.masses, self.masses.new_ones(wide)], 2)
         if valid is not None or self.valid is not None:
-            before = self.valid
-            if before is None:
-                before = positions.new_ones(positions.shape[0], new.start, dtype=torch.bool)
-            after = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
-            self.valid = torch.cat([before, after], dim=1)
+            old = self.valid
+            if old is None:
+                old = torch.ones(b, j, before, dtype=torch.bool, device=self.device)
+            new = old.new_ones(b, positions.shape[1]) if valid is None else valid
+            self.valid = torch.cat([old, new[:, None].expand(wide)], dim=2)
+        most = self.held if self.valid is None else int(self.lane_counts().max())
+        self.peak = max(self.peak, most)
+
+    def lane_counts(self) -> Tensor:
+        """Entries of each row and head, int64 `[B, J]`."""
+        if self.valid is None:
+            return torch.full(self.scores.shape[:2], self.scores.shape[2], device=self.device)
+        return self.valid.sum(-1)
 
     def counts(self) -> Tensor | int:
-        """Real entries of each row: `[B, 1]`, or one number where no row has padding."""
-        return self.held if self.valid is None else self.valid.sum(1, keepdim=True)
+        """Entries of each row's fullest head: `[B, 1]`, or one number where all have as many."""
+        if self.valid is None:
+            return self.scores.shape[2]
+        return self.valid.sum(-1).amax(-1, keepdim=True)
 
-    def evict(self, last: Tensor | None, move: Any = None, due: Tensor | None = None) -> None:
+    def evict(
+        self, last: Tensor | None, move: Turn | None = None, due: Tensor | None = None,
+        limit: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Keep the budget's best.
 
         Args:
-            last, due: see `eviction.keep`.
-            move: `(keys [B, J, m, D], by [B, J, m]) -> keys`, which turns keys by so many
-                positions: with it what stays is renumbered 0, 1, 2 …
+            last, due, limit: see `eviction.keep`.
+            move: turns keys by so many positions: with it what stays is renumbered 0, 1, 2 …
         """
-        if self.held <= self.config.budget and self.valid is None:
+        if self.held <= self.config.budget and self.valid is None and limit is None:
             return
-        now = slice(0, self.held)
+        self.evicted = True
         index, left = keep(
-            self.scores[:, :, now], self.positions[:, :, now], self.valid, last, self.config, due
-        )
-        m = index.shape[2]
-        keys, values = _gather(self.all("key"), index), _gather(self.all("value"), index)
-        if move is not None:
-            if self.valid is None:
-                place = index
-            else:
-                rank = (self.valid.cumsum(1) - 1)[:, None].expand(-1, index.shape[1], -1)
-                place = rank.gather(2, index)
-            keys = move(keys, torch.arange(m, device=index.device) - place)
-        self._put("key", 0, keys)
-        self._put("value", 0, values)
-        self.scores[:, :, :m] = self.scores.gather(2, index)
-        self.positions[:, :, :m] = self.positions.gather(2, index)
-        self.held, self.valid = m, left
-        if move is not None:
-            self.state.pop("queries", None)  # they were turned for the old places
+            self.scores, self.positions, self.valid, last, self.config, due, limit
+        )  # fmt: skip
+        if self.masses is not None:
+            fused = merged(
+                self.all("key"), self.all("value"), self.masses, index, left, self.valid,
+                self.config.merge,
+            )  # fmt: skip
+        by = None if move is None else self._renumbered(index, left)
+        old = None if self.turns is None else self._old_turns(index)
+        self.entries.keep(index, left)
+        if self.masses is not None:
+            values, self.masses, changed = fused
+            self.entries.write("value", values, changed)
+        self.scores, self.positions = self.scores.gather(2, index), self.positions.gather(2, index)
+        self.held, self.valid = index.shape[2], left
+        if move is None:
+            return
+        if self.config.storage == "model":
+            self.entries.write("key", move(self.entries.read("key"), by))
+        else:  # coded keys stay as they were coded, and are turned when they are read
+            self.turn, self.turns = move, (by if old is None else old + by).int()
+        self.state.pop("queries", None)  # they were turned for the old places
+
+    def _renumbered(self, index: Tensor, left: Tensor | None) -> Tensor:
+        """How far each entry that stays moves, int64 `[B, J, m]`.
+
+        The newest entries of all heads stand at one place, so that the next token, which turns its
+        query once for all heads, is as far from each of them.
+        """
+        places = torch.arange(index.shape[2], device=index.device)
+        before = index
+        if self.valid is not None:
+            before = (self.valid.cumsum(2) - 1).gather(2, index) + _behind(self.valid)
+        after = places.expand_as(index) if left is None else places + _behind(left)
+        return after - before
+
+    def _old_turns(self, index: Tensor) -> Tensor:
+        more = self.positions.shape[2] - self.turns.shape[2]
+        return torch.nn.functional.pad(self.turns, (0, more)).gather(2, index)
 
     def get_seq_length(self) -> int:
         """Columns of the input seen so far, evicted ones and padding included."""
@@ -150,25 +189,23 @@ class LayerStore(CacheLayerMixin):
 
     def kv_bytes(self) -> int:
         """Bytes of the keys and values held now, and of their scales."""
-        if not self.is_initialized:
-            return 0
-        buffers = (getattr(self, name) for name in BUFFERS[:4])
-        return sum(x[:, :, : self.held].numel() * x.element_size() for x in buffers)
+        return self.entries.nbytes if self.entries is not None else 0
 
-    def _grow(self, wanted: int) -> None:
-        room = self.keys.shape[2]
-        if wanted <= room:
-            return
-        # Doubling, up to all that will ever be needed: short texts do not pay for the budget.
-        room = min(max(wanted, 2 * room), self.config.capacity)
-        for name in BUFFERS:
-            old = getattr(self, name)
-            shape = list(old.shape)
-            shape[2] = room
-            fresh = old.new_empty(shape)
-            fresh[:, :, : self.held] = old[:, :, : self.held]
-            setattr(self, name, fresh)
+    def note_bytes(self) -> int:
+        """Bytes of what is noted of them: scores, positions, and what options add."""
+        slots = getattr(self.entries, "slots", None)
+        notes = (self.scores, self.positions, self.masses, self.turns, slots)
+        return sum(x.nbytes for x in notes if x is not None)
+
+    def fork(self) -> LayerStore:
+        """A copy that can be appended to."""
+        twin = copy.copy(self)  # notes are never written in place, but for scores
+        twin.scores, twin.state = self.scores.clone(), dict(self.state)
+        twin.entries = self.entries.fork() if self.entries is not None else None
+        return twin
 
 
-def _gather(entries: Tensor, index: Tensor) -> Tensor:
-    return entries.gather(2, index[..., None].expand(-1, -1, -1, entries.shape[-1]))
+def _behind(valid: Tensor) -> Tensor:
+    """Entries that each head has fewer than its row's fullest, `[B, J, 1]`."""
+    counts = valid.sum(-1, keepdim=True)
+    return counts.amax(1, keepdim=True) - counts

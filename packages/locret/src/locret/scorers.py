@@ -41,6 +41,13 @@ class Trained(Scorer):
         head = self.heads.layers[call.layer]
         return head(x.to(head.fc2.weight.dtype)).detach()
 
+    def comparable(self, layer: LayerStore) -> Tensor:
+        """Logs of the shares of attention: a score foretells a logit, before the softmax."""
+        scores = layer.scores.float()
+        if layer.valid is not None:
+            scores = scores.masked_fill(~layer.valid, -torch.inf)
+        return scores.log_softmax(-1)
+
 
 @dataclass
 class StreamingLLM(Scorer):
@@ -92,7 +99,7 @@ class KeyDiff(Scorer):
         unit = normalize(layer.all("key").float(), dim=-1)
         weight = _weights(layer, unit)
         mean = (unit * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
-        layer.scores[:, :, : layer.held] = -(unit * normalize(mean, dim=-1)).sum(-1)
+        layer.scores[:] = -(unit * normalize(mean, dim=-1)).sum(-1)
 
 
 @dataclass
@@ -106,17 +113,12 @@ class H2O(Scorer):
         call, held, new = step.call, step.layer.held, step.new
         b, j = call.k.shape[:2]
         mass = torch.zeros(b, j, held, device=call.q.device)
-        at = torch.arange(held, device=call.q.device)
         valid = step.new_valid
         for start in range(0, new, self.block):
             part = slice(start, min(start + self.block, new))
             q = call.q[:, :, part].unflatten(1, (j, -1))
             logits = torch.einsum("bjgtd,bjnd->bjgtn", q, call.k).float() * call.scaling
-            if step.mask is not None:
-                seen = step.mask[:, :, part].unsqueeze(2)
-            else:
-                mine = torch.arange(part.start, part.stop, device=at.device)
-                seen = at <= held - new + mine[:, None]
+            seen = step.seen(part).unsqueeze(2)
             weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
             if valid is not None:
                 weights = weights * valid[:, None, None, part, None]
@@ -150,12 +152,10 @@ class SnapKV(Scorer):
         pooled = torch.nn.functional.avg_pool1d(
             weights, self.kernel, stride=1, padding=self.kernel // 2, count_include_pad=False
         )
-        positions = layer.positions[:, :, : layer.held]
-        real = (
-            layer.valid[:, None] if layer.valid is not None else torch.ones_like(positions).bool()
-        )
-        newest = positions.masked_fill(~real, -1).amax(-1, keepdim=True)
-        layer.scores[:, :, : layer.held] = pooled.masked_fill(
+        positions = layer.positions
+        real = positions if layer.valid is None else positions.masked_fill(~layer.valid, -1)
+        newest = real.amax(-1, keepdim=True)
+        layer.scores[:] = pooled.masked_fill(
             positions > newest - self.window, float(pooled.max()) + 1
         )
 
@@ -190,7 +190,7 @@ class ExpectedAttention(Scorer):
         """E[exp(q · k)] over the group, normalised, times ‖v‖."""
         from locret.interface import rotate
 
-        state, held = layer.state, layer.held
+        state = layer.state
         rotation, module, scaling = state["step"]
         count = state["count"].clamp(min=1)
         mean = state["sum"] / count
@@ -199,10 +199,10 @@ class ExpectedAttention(Scorer):
         if layer.config.positions == "contiguous":
             start = torch.as_tensor(layer.counts(), device=mean.device).view(-1, 1)
         else:
-            last = layer.positions[:, 0, :held]
+            last = layer.positions
             if layer.valid is not None:
                 last = last.masked_fill(~layer.valid, -1)
-            start = last.max(-1, keepdim=True).values + 1
+            start = last.amax((1, 2))[:, None] + 1
         at = start + torch.arange(self.future, device=mean.device)
         cos, sin = (x.float().mean(1, keepdim=True) for x in rotation(at))
         turn = lambda x: rotate(module, x, x, cos, sin)[0]  # noqa: E731 - rows [.., .., n, D]
@@ -215,14 +215,14 @@ class ExpectedAttention(Scorer):
         spread = torch.einsum("bjgde,bjne->bjgnd", cov, keys)
         logits = logits + 0.5 * scaling**2 * (spread * keys[:, :, None]).sum(-1)
         if layer.valid is not None:
-            logits = logits.masked_fill(~layer.valid[:, None, None], -torch.inf)
+            logits = logits.masked_fill(~layer.valid[:, :, None], -torch.inf)
         # A row that has only padding so far has no weights.
         weights = (
             logits.softmax(-1).nan_to_num(0.0) if layer.valid is not None else logits.softmax(-1)
         )
         weights = weights.mean(2) * layer.all("value").float().norm(dim=-1)
-        sinks = layer.positions[:, :, :held] < self.sinks
-        layer.scores[:, :, :held] = weights.masked_fill(sinks, float(weights.max()) + 1)
+        sinks = layer.positions < self.sinks
+        layer.scores[:] = weights.masked_fill(sinks, float(weights.max()) + 1)
 
 
 SCORERS: dict[str, type[Scorer]] = {
@@ -260,4 +260,4 @@ def as_scorer(heads: RetainingHeads | Scorer | str, model: PreTrainedModel) -> S
 def _weights(layer: LayerStore, like: Tensor) -> Tensor:
     if layer.valid is None:
         return torch.ones_like(like[..., :1])
-    return layer.valid[:, None, :, None].to(like.dtype).expand(like.shape[0], like.shape[1], -1, 1)
+    return layer.valid[..., None].to(like.dtype)

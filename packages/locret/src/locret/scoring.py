@@ -23,13 +23,11 @@ class Step:
     Attributes:
         call: see `Call`; its k and v are all `[B, J, n, D]` held.
         layer: the layer's store; `positions` and `valid` already hold the new entries.
-        mask: bool `[B, 1, T, n]`, True where a query looked, or None: no padding, plain causal.
         rotation: int positions `[N, T]` to (cos, sin) `[N, T, D]`.
     """
 
     call: Call
     layer: LayerStore
-    mask: Tensor | None
     rotation: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     @property
@@ -45,13 +43,35 @@ class Step:
     @property
     def new_positions(self) -> Tensor:
         """int64 `[B, J, T]`."""
-        return self.layer.positions[:, :, self.layer.held - self.new : self.layer.held].long()
+        return self.layer.positions[:, :, self.layer.held - self.new :].long()
 
     @property
     def new_valid(self) -> Tensor | None:
         """bool `[B, T]`, or None."""
         valid = self.layer.valid
-        return None if valid is None else valid[:, -self.new :]
+        return None if valid is None else valid[:, 0, -self.new :]
+
+    def seen(self, part: slice) -> Tensor:
+        """bool `[B or 1, J or 1, t, n]`: which entries the call's queries of `part` looked at."""
+        return visible(self.layer.valid, part, self.new, self.layer.held, self.call.q.device)
+
+
+def visible(valid: Tensor | None, part: slice, new: int, held: int, device: torch.device) -> Tensor:
+    """bool `[B or 1, J or 1, t, n]`, True where a query may look.
+
+    Args:
+        valid: bool `[B, J, n]`, False where a head holds nothing; None: nowhere.
+        part: queries asked for, of 0 … new − 1.
+        new: newest entries, which are the queries' own.
+        held: n.
+        device: of the answer.
+    """
+    mine = held - new + torch.arange(new, device=device)[part, None]
+    at = torch.arange(held, device=device)
+    if valid is None:
+        return (at <= mine)[None, None]
+    # A padding query sees itself, or its softmax would be over nothing.
+    return ((at <= mine) & valid[:, :, None]) | (at == mine)
 
 
 class Scorer(ABC):
@@ -63,6 +83,10 @@ class Scorer(ABC):
 
     def rescore(self, layer: LayerStore) -> None:  # noqa: B027 - most have nothing to do
         """Write new scores of what is held into `layer.scores`, before an eviction."""
+
+    def comparable(self, layer: LayerStore) -> Tensor:
+        """Scores `[B, J, n]` in their heads' order that heads and layers may be compared by."""
+        return layer.scores
 
 
 def remember_queries(step: Step, window: int) -> None:
@@ -90,13 +114,13 @@ def window_attention(layer: LayerStore, softmax: bool) -> Tensor | None:
     if "queries" not in layer.state:
         return None
     q, at, real = layer.state["queries"]
-    keys, held = layer.all("key"), layer.held
+    keys = layer.all("key")
     q = q.unflatten(1, (keys.shape[1], -1))
     logits = torch.einsum("bjgtd,bjnd->bjgtn", q, keys).float() * layer.state["scaling"]
-    later = layer.positions[:, :, None, :held] > at[:, None, :, None]
+    later = layer.positions[:, :, None] > at[:, None, :, None]
     hidden = later | ~real[:, None, :, None]
     if layer.valid is not None:
-        hidden = hidden | ~layer.valid[:, None, None]
+        hidden = hidden | ~layer.valid[:, :, None]
     logits = logits.masked_fill(hidden[:, :, None], -torch.inf)
     if not softmax:
         return logits.amax((2, 3)).clamp(min=-1e4)

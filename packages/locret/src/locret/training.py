@@ -48,7 +48,7 @@ class TrainConfig:
 
     hidden: int = 256
     input: str = "hidden"
-    epochs: int = 8
+    epochs: int = 4
     lr: float = 3e-3
     loss: str = "top"
     smoothing: float = SMOOTHING
@@ -71,10 +71,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Example:
-    """One text: ids int64 `[T]`, and how many tokens at its end are the answer."""
+    """One text: ids int64 `[T]`, and how many tokens at its end are the answer.
+
+    For Locret-Q the text is query, context, query, answer: the first `query` tokens are not
+    labelled, and the second copy of them belongs to `answer`, whose rows make the labels.
+    """
 
     ids: Tensor
     answer: int
+    query: int = 0
 
 
 def train(
@@ -98,11 +103,14 @@ def train(
     """
     if len(examples) < 2:
         raise ValueError(f"training needs at least two texts, one to measure on; got {examples!r}")
+    aware = bool(examples[0].query)
+    if any(bool(example.query) != aware for example in examples):
+        raise ValueError("texts with and without a query do not mix: heads are trained for one")
     work = Path(work)
     _claim(work, model, examples, config)
     held = max(1, round(config.held_out * len(examples)))
     learn, test = range(len(examples) - held), range(len(examples) - held, len(examples))
-    ridge = RetainingHeads.for_model(model, hidden=0, input=config.input)
+    ridge = RetainingHeads.for_model(model, hidden=0, input=config.input, query_aware=aware)
     sums = [RidgeSums(ridge.config.inputs, ridge.config.kv_heads) for _ in ridge.layers]
     for at in (*learn, *test):
         progress(f"labels of text {at + 1} of {len(examples)}", 0.6 * at / len(examples))
@@ -115,14 +123,16 @@ def train(
         fill(ridge, layer, total, config.ridge)
     paths = [work / f"labels-{at:05d}.safetensors" for at in range(len(examples))]
     facts: dict[str, Any] = {
-        "tokens": sum(len(examples[at].ids) - examples[at].answer for at in learn),
+        "tokens": sum(len(e.ids) - e.answer - e.query for e in examples[: len(learn)]),
         "texts": len(learn),
         "overlap": {"ridge": _overlap(ridge, [paths[at] for at in test])},
         "train": asdict(config),
     }
     if not config.hidden:
         return ridge.eval(), facts
-    heads = RetainingHeads.for_model(model, hidden=config.hidden, input=config.input)
+    heads = RetainingHeads.for_model(
+        model, hidden=config.hidden, input=config.input, query_aware=aware
+    )
     for layer in range(len(heads.layers)):
         progress(f"head of layer {layer}", 0.6 + 0.4 * layer / len(heads.layers))
         heads.layers[layer] = _fit(
@@ -195,6 +205,7 @@ def _label(
     collect(
         model, ids, example.answer,
         lambda layer, x, y: found.append((x.to(torch.bfloat16).cpu(), y.cpu())), input=input,
+        query=example.query,
     )  # fmt: skip
     tensors = {f"x{i}": x for i, (x, _) in enumerate(found)}
     tensors |= {f"y{i}": y.contiguous() for i, (_, y) in enumerate(found)}
@@ -234,7 +245,7 @@ def _claim(
     for weight in list(model.parameters())[-4:]:
         digest.update(weight.detach().float().cpu().numpy().tobytes()[: 1 << 20])
     for example in examples:
-        digest.update(example.ids.numpy().tobytes() + bytes(str(example.answer), "ascii"))
+        digest.update(example.ids.numpy().tobytes() + f"{example.answer} {example.query}".encode())
     mine = {"labels": digest.hexdigest() + config.input, "train": asdict(config)}
     path = work / "work.json"
     if path.exists():
