@@ -39,7 +39,7 @@ _HOME = {
     "threshold_for_corpus": "budget",
     "threshold_for_percentile": "evaluate",
     "thresholds_for_corpus": "budget",
-    "train": "classifier",
+    "train": "training",
     "verify": "verification",
     "write_page": "page",
 }

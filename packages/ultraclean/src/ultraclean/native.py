@@ -43,7 +43,7 @@ class Library:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._operations = {}
-        for name in ("index", "score", "exact", "minhash"):
+        for name in ("index", "score", "exact", "minhash", "count", "merge", "train"):
             function = getattr(library, f"ultraclean_{name}")
             function.restype, function.argtypes = c_int32, [c_void_p, c_int32, c_int32]
             self._operations[name] = function
@@ -52,15 +52,16 @@ class Library:
         self.level = library.ultraclean_level_name(library.ultraclean_level()).decode()
         self._cache_bytes = library.ultraclean_cache_bytes()
 
-    def _run(self, name: str, args: Structure) -> None:
-        if error := self._operations[name](ctypes.byref(args), 0, 1):
+    def run(self, name: str, args: Structure, ith: int = 0, nth: int = 1) -> None:
+        """Share `ith` of `nth` of an operation of `csrc/args.h`."""
+        if error := self._operations[name](ctypes.byref(args), ith, nth):
             raise RuntimeError(f"ultraclean_{name} failed with code {error}: please report this")
 
     def index(self, words: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         """Slots of a vocabulary: words' bytes one after the other, int64 offsets `[words + 1]`."""
         count = len(offsets) - 1
         slots = np.zeros(1 << max(4, (4 * count - 1).bit_length()), SLOT)
-        self._run("index", IndexArgs(_at(words), _at(offsets), count, _at(slots), len(slots)))
+        self.run("index", IndexArgs(_at(words), _at(offsets), count, _at(slots), len(slots)))
         return slots
 
     def score(
@@ -89,7 +90,7 @@ class Library:
         logits, counted = np.empty(count), np.zeros(count, np.int64)
         longest = 0 if as_ids else int(np.diff(offsets).max(initial=0))
         stride = self._cache_bytes + 3 * (longest * expansion + 64) + 64
-        self._run(
+        self.run(
             "score",
             ScoreArgs(
                 model, _at(text), _at(offsets), count, _at(text) if as_ids else None,
@@ -120,7 +121,7 @@ class Library:
         shares = np.empty((len(documents), labels), np.float32)
         longest = int(np.diff(offsets).max(initial=0))
         stride = (8 * dim + 4 * labels + 8 * (longest + 2) + 256) // 64 * 64
-        self._run(
+        self.run(
             "exact",
             ExactArgs(
                 model, _at(text), _at(offsets), len(documents), _at(inputs), _at(outputs),
@@ -153,7 +154,7 @@ class Library:
         content = np.empty(len(documents), np.uint64)
         longest = int(np.diff(offsets).max(initial=0))
         stride = 9 * (longest * expansion + 256)
-        self._run(
+        self.run(
             "minhash",
             MinhashArgs(
                 _at(text), _at(offsets), len(documents), ngrams, hashes, ctypes.addressof(fold),
@@ -173,7 +174,7 @@ class Library:
         content = np.empty(len(documents) + 1, np.uint64)
         longest = int(np.diff(offsets).max(initial=0))
         stride = 9 * (longest * expansion + 256)
-        self._run(
+        self.run(
             "minhash",
             MinhashArgs(
                 _at(text), _at(offsets), len(documents), ngrams, 0, ctypes.addressof(fold),
