@@ -151,30 +151,19 @@ struct ultraclean_progress {
     int64_t diverged;
 };
 
-// What a document of a batch leads to.
-struct ultraclean_step {
-    double hidden, activity;
-    float step;
-};
-
-// Stochastic gradient descent on a fastText classifier of width one; all threads call it at once.
+// Stochastic gradient descent on a fastText classifier of width one.
 struct ultraclean_train_args {
     const int32_t *tokens;  // of all documents, as counted
     const int64_t *starts;  // [documents + 1]
     const uint8_t *good;    // [documents]
-    int64_t documents;
     const ultraclean_feature *features;  // of each type
     float *table;                        // [vocabulary + bucket]: the input matrix
     int64_t vocabulary, bucket;
-    int32_t ngrams, batch;
     double lr;
     int64_t total;  // tokens of all epochs: the rate falls to nothing over them
-    int64_t until;  // stops before this document: a multiple of the batch, or the number of documents
+    int64_t until;  // stops before this document
     ultraclean_progress *progress;
-    uint32_t *rows;          // [shares · rows of the largest batch]
-    int64_t *counts;         // [batch, shares]
-    ultraclean_step *steps;  // [batch]
-    int32_t *barrier;        // [2], zeroed
-    int32_t shares;          // of the table: 1 with one thread, else a power of two not below nth
+    uint32_t *rows;  // [ngrams · tokens of the longest document]
+    int32_t ngrams;
 };
 }

@@ -15,7 +15,7 @@ from ultraclean import Classifier, ClassifierConfig, auc, precision_recall_f1, t
 from ultraclean._files import sha256
 from ultraclean.reference import END, features
 from ultraclean.vocabulary import count_words
-from ultraclean.width_one import BATCH, Fitted, fit
+from ultraclean.width_one import Fitted, fit
 
 SMALL = ClassifierConfig(dim=8, bucket=500, min_count=2, lr=0.5)
 
@@ -39,7 +39,6 @@ def equal(a: Fitted, b: Fitted) -> bool:
 @pytest.mark.parametrize("ngrams", [1, 2, 3, 5])
 def test_threads_change_nothing(ngrams: int, prose: list[str], shuffled: list[str]) -> None:
     documents, good = seeds(prose, shuffled)
-    assert len(documents) % BATCH  # a batch that is not full ends each epoch
     config = replace(SMALL, word_ngrams=ngrams)
     alone = fit(documents, good, config)
     assert np.count_nonzero(alone.table) > 300
@@ -74,45 +73,49 @@ TINY = [b"a b c a", b"b d a", b"c c d e", b"e a", b"d e d b a", b"b", b"a e e", 
 TINY_GOOD = [True, False, False, True, False, True, True, False]
 
 
-def loss_of(inputs: torch.Tensor, outputs: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of fastText's network; column 0 is good."""
-    labels = 1 - torch.tensor(TINY_GOOD).long()
-    return torch.nn.functional.cross_entropy(shares @ inputs @ outputs.T, labels, reduction="sum")
+def descended(
+    inputs: torch.Tensor, outputs: torch.Tensor, shares: torch.Tensor, config: ClassifierConfig
+) -> None:
+    """fastText's network and loss, a document at a time, by autograd; column 0 is good."""
+    inputs.requires_grad, outputs.requires_grad = True, True
+    sizes = [len(document.split()) + 1 for document in TINY]
+    done, total = 0, config.epochs * sum(sizes)
+    for _ in range(config.epochs):
+        for i, good in enumerate(TINY_GOOD):
+            logits = (shares[i] @ inputs @ outputs.T)[None]
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor([1 - int(good)]))
+            slopes = torch.autograd.grad(loss, (inputs, outputs))
+            for tensor, slope in zip((inputs, outputs), slopes, strict=True):
+                tensor.data -= config.lr * (1 - done / total) * slope
+            done += sizes[i]
 
 
 def test_steps_are_autograd_s() -> None:
     """The network of width one, descended by PyTorch in fp64."""
     config = ClassifierConfig(dim=5, bucket=11, min_count=1, lr=0.3, epochs=40, word_ngrams=2)
     ours = fit(TINY, TINY_GOOD, config)
-    shares = incidence(TINY, ours, config)
-    inputs = torch.zeros(len(ours.table), 1, dtype=torch.float64, requires_grad=True)
+    inputs = torch.zeros(len(ours.table), 1, dtype=torch.float64)
     start = (2 / (3 * config.dim)) ** 0.5 / 2
-    outputs = torch.tensor([[start], [-start]], dtype=torch.float64, requires_grad=True)
-    for step in range(config.epochs):
-        for tensor, slope in zip((inputs, outputs), torch.autograd.grad(
-            loss_of(inputs, outputs, shares), (inputs, outputs)), strict=True):  # fmt: skip
-            tensor.data -= config.lr * (1 - step / config.epochs) * slope
+    outputs = torch.tensor([[start], [-start]], dtype=torch.float64)
+    descended(inputs, outputs, incidence(TINY, ours, config), config)
     assert ours.output == pytest.approx((outputs[0] - outputs[1]).item(), rel=1e-6)
     assert abs(ours.output - 2 * start) > 0.1  # it has learned something
-    assert np.abs(ours.table - inputs.detach().numpy()[:, 0]).max() < 1e-6
+    assert np.abs(ours.table - inputs.detach().numpy()[:, 0]).max() < 1e-5  # fp32
 
 
 def test_a_wide_network_of_orthogonal_rows_goes_the_same_way() -> None:
     """What the trainer rests on: fastText's own network, and its error halves with the rate."""
     errors = []
-    for epochs, lr in ((400, 0.2), (800, 0.1)):
+    for epochs, lr in ((200, 0.2), (400, 0.1)):
         config = ClassifierConfig(dim=64, bucket=11, min_count=1, lr=lr, epochs=epochs,
                                   word_ngrams=2)  # fmt: skip
         ours = fit(TINY, TINY_GOOD, config)
         shares = incidence(TINY, ours, config)
+        torch.manual_seed(0)
         rotation = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0]
         inputs = rotation[: len(ours.table)] * (1 / (3 * config.dim)) ** 0.5
         outputs = torch.zeros(2, 64, dtype=torch.float64)
-        inputs.requires_grad, outputs.requires_grad = True, True
-        for step in range(epochs):
-            for tensor, slope in zip((inputs, outputs), torch.autograd.grad(
-                loss_of(inputs, outputs, shares), (inputs, outputs)), strict=True):  # fmt: skip
-                tensor.data -= lr * (1 - step / epochs) * slope
+        descended(inputs, outputs, shares, config)
         wide = (inputs @ (outputs[0] - outputs[1])).detach().numpy()
         assert (shares @ wide > 0).tolist() == TINY_GOOD and np.abs(wide).max() > 3
         errors.append(np.abs(ours.table * ours.output - wide).max() / np.abs(wide).max())

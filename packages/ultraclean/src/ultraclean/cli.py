@@ -55,7 +55,7 @@ def train(
     normaliser: Normaliser = "ultrafine-words",
     tokenizer: Tokenizer = None,
     seed: Annotated[int, typer.Option(help="Of the balancing, the shuffle and fastText.")] = 0,
-    threads: Annotated[int, typer.Option(help="At most 8 are of use to the native trainer.")] = 1,
+    threads: Annotated[int, typer.Option(help="For counting words; of fastText, for all.")] = 1,
     trainer: Annotated[
         str, typer.Option(help="native, or fasttext: repeatable with one thread only.")
     ] = "native",

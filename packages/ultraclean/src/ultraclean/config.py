@@ -30,7 +30,7 @@ class ClassifierConfig:
         tokenizer: path of the `tokenizer.json` that the normaliser `ultrafine` cuts words with; a
             copy goes into the classifier's folder.
         seed: of the shuffle, of the balancing and of fastText, 0..2³¹−1.
-        threads: the native trainer gives the same bytes for any number and uses at most 8;
+        threads: the native trainer counts words with them and gives the same bytes for any number;
             fastText's updates race with more than one.
         trainer: `native`, ours (see `width_one`), or `fasttext`, the library.
 

@@ -52,9 +52,9 @@ class Library:
         self.level = library.ultraclean_level_name(library.ultraclean_level()).decode()
         self._cache_bytes = library.ultraclean_cache_bytes()
 
-    def run(self, name: str, args: Structure, ith: int = 0, nth: int = 1) -> None:
-        """Share `ith` of `nth` of an operation of `csrc/args.h`."""
-        if error := self._operations[name](ctypes.byref(args), ith, nth):
+    def run(self, name: str, args: Structure) -> None:
+        """An operation of `csrc/args.h`."""
+        if error := self._operations[name](ctypes.byref(args), 0, 1):
             raise RuntimeError(f"ultraclean_{name} failed with code {error}: please report this")
 
     def index(self, words: np.ndarray, offsets: np.ndarray) -> np.ndarray:

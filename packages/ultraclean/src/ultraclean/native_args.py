@@ -10,7 +10,6 @@ SLOT = np.dtype([("hash", "u4"), ("row", "i4"), ("begin", "u4"), ("length", "u4"
 TOKEN = np.dtype([("hash", "i4"), ("scalar", "f4"), ("kind", "u2"), ("words", "u2")])
 TYPE = np.dtype([("begin", "i8"), ("count", "i8"), ("hash", "u4"), ("length", "i4")])
 FEATURE = np.dtype([("hash", "u4"), ("row", "i4")])
-STEP = np.dtype([("hidden", "f8"), ("activity", "f8"), ("step", "f4"), ("unused", "f4")])
 NONE, ROW, STRANGE, SEVERAL, END_MARK, EDGE = 0, 1, 2, 3, 4, 8
 """Kinds of a token, `TokenKind` in csrc/bpe.hpp."""
 
@@ -153,13 +152,10 @@ class TrainArgs(Structure):
     """ultraclean_train_args."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("tokens", "starts", "good")),
-        ("documents", c_int64),
-        *((name, c_void_p) for name in ("features", "table")),
+        *((name, c_void_p) for name in ("tokens", "starts", "good", "features", "table")),
         *((name, c_int64) for name in ("vocabulary", "bucket")),
-        *((name, c_int32) for name in ("ngrams", "batch")),
         ("lr", c_double),
         *((name, c_int64) for name in ("total", "until")),
-        *((name, c_void_p) for name in ("progress", "rows", "counts", "steps", "barrier")),
-        ("shares", c_int32),
+        *((name, c_void_p) for name in ("progress", "rows")),
+        ("ngrams", c_int32),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -75,11 +75,12 @@ def count_words(
     starts = np.zeros(len(documents) + 1, np.int64)
     np.cumsum(lengths[:-1], out=starts[1:])
     types = whole.types[: whole.state[1]]
-    data = text.tobytes() if len(types) > 1 else b""
-    spelled = [END] + [
-        data[t : t + n]
-        for t, n in zip(types["begin"][1:].tolist(), types["length"][1:].tolist(), strict=True)
-    ]
+
+    def spelled(kept: np.ndarray) -> list[bytes]:
+        data = memoryview(text)
+        places = zip(types["begin"][kept].tolist(), types["length"][kept].tolist(), strict=True)
+        return [END if begin < 0 else bytes(data[begin : begin + n]) for begin, n in places]
+
     return _kept(found[:done], starts, types["hash"], types["count"], types["begin"], spelled,
                  min_count)  # fmt: skip
 
@@ -155,7 +156,7 @@ def _plainly(documents: Sequence[bytes], min_count: int) -> Counted:
     hashes = word_hashes(spelled).astype(np.uint32)
     order = np.arange(len(spelled)) - 1  # by first appearance; the end mark first of all
     return _kept(np.array(found, np.int32), np.array(starts, np.int64), hashes, counts, order,
-                 spelled, min_count)  # fmt: skip
+                 lambda kept: [spelled[i] for i in kept.tolist()], min_count)  # fmt: skip
 
 
 def _kept(
@@ -164,14 +165,13 @@ def _kept(
     hashes: np.ndarray,
     counts: np.ndarray,
     first: np.ndarray,
-    spelled: list[bytes],
+    spelled: Callable[[np.ndarray], list[bytes]],
     min_count: int,
 ) -> Counted:
     """Rows for the types that come often enough."""
-    features = np.zeros(len(spelled), FEATURE)
+    features = np.zeros(len(hashes), FEATURE)
     features["hash"], features["row"] = hashes, -1
     often = np.flatnonzero(counts >= min_count)
     often = often[np.lexsort((first[often], -counts[often]))]
     features["row"][often] = np.arange(len(often))
-    words = [spelled[i] for i in often.tolist()]
-    return Counted(found, starts, features, words, counts[often].tolist())
+    return Counted(found, starts, features, spelled(often), counts[often].tolist())

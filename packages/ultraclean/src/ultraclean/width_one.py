@@ -17,8 +17,8 @@ same network of width one, begun at e = 0 and δ = √(2κ) = √(2/(3·dim)). S
 instead of 256 and a step reads four bytes instead of 1,024. What the library does besides is the
 noise of its random rows, which a finite width leaves not quite orthogonal.
 
-Text is read in batches of `BATCH` documents that see the same numbers, and their changes are added
-in the documents' order: the threads share the work without a trace in the result.
+Threads share the counting of words. The steps are one thread's, so nothing depends on their number:
+a step is a few microseconds, too short to be shared (docs/log.md).
 """
 
 from __future__ import annotations
@@ -28,23 +28,19 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Barrier
 
 import numpy as np
 
 from ultraclean import native
 from ultraclean._files import atomic_path
 from ultraclean.config import ClassifierConfig
-from ultraclean.native_args import STEP, ProgressArgs, TrainArgs
+from ultraclean.native_args import ProgressArgs, TrainArgs
 from ultraclean.reference import NGRAM_FACTOR
 from ultraclean.vocabulary import Counted, count_words
 
-BATCH = 8
-"""Documents that are judged by the same numbers. Four times as many cost 0.001 of F1."""
-_SLICE = 4_000_000  # tokens between two looks at the clock
+_SLICE = 250_000  # tokens between two looks at the clock
 _SAVE_SECONDS = 30.0
 
 
@@ -145,10 +141,9 @@ def fit(
 
 
 def _stop(starts: np.ndarray, document: int) -> int:
-    """The document before which a slice ends: whole batches, the last of an epoch aside."""
+    """The document before which a slice ends."""
     found = int(np.searchsorted(starts, starts[document] + _SLICE))
-    batches = max(1, (found - document) // BATCH)
-    return min(document + batches * BATCH, len(starts) - 1)
+    return min(max(found, document + 1), len(starts) - 1)
 
 
 class _Plain:
@@ -176,23 +171,17 @@ class _Plain:
         """Go on to the document `until` of the epoch."""
         starts = self.counted.starts
         while state.document < until and state.sound:
-            batch = range(state.document, min(state.document + BATCH, len(starts) - 1))
             rate = self.config.lr * (1 - state.tokens / self.total)
-            steps, change = [], 0.0
-            for document in batch:
-                rows = self.rows(document)
-                if not len(rows):
-                    continue
-                hidden = float(state.table[rows].mean(dtype=np.float64))
-                share = 1 / (1 + math.exp(-max(-700.0, min(700.0, state.output * hidden))))
-                activity = rate * (float(self.good[document]) - share)
-                steps.append((rows, np.float32(activity * state.output / len(rows))))
-                change += activity * hidden
-            for rows, step in steps:
-                np.add.at(state.table, rows, step)
-            state.output += 2 * change
-            state.tokens += int(starts[batch.stop] - starts[batch.start])
-            state.document = batch.stop
+            state.tokens += int(starts[state.document + 1] - starts[state.document])
+            rows, good = self.rows(state.document), float(self.good[state.document])
+            state.document += 1
+            if not len(rows):
+                continue
+            hidden = float(state.table[rows].mean(dtype=np.float64))
+            share = 1 / (1 + math.exp(-max(-700.0, min(700.0, state.output * hidden))))
+            activity = rate * (good - share)
+            np.add.at(state.table, rows, np.float32(activity * state.output / len(rows)))
+            state.output += 2 * activity * hidden
 
 
 class _Native:
@@ -201,50 +190,27 @@ class _Native:
     def __init__(self, counted: Counted, good: np.ndarray, config: ClassifierConfig) -> None:
         self.counted, self.good, self.config = counted, good, config
         self.total = config.epochs * len(counted.tokens)
-        self.threads = min(config.threads, BATCH)
-        shares = 1 if self.threads == 1 else BATCH
-        edges = np.append(counted.starts[:-1:BATCH], counted.starts[-1])
-        longest = int(np.diff(edges).max())
-        self._rows = np.empty(shares * config.word_ngrams * longest + 1, np.uint32)
-        self._counts = np.empty((BATCH, shares), np.int64)
-        self._steps = np.empty(BATCH, STEP)
-        self._barrier = np.zeros(2, np.int32)
-        self._shares = shares
+        longest = int(np.diff(counted.starts).max())
+        self._rows = np.empty(config.word_ngrams * longest + 1, np.uint32)
         self._library = native.library()[0]
 
     def advance(self, state: State, until: int) -> None:
         """Go on to the document `until` of the epoch."""
         c = self.counted
         progress = ProgressArgs(state.output, state.document, state.tokens, 0)
-        args = TrainArgs(
-            c.tokens.ctypes.data, c.starts.ctypes.data, self.good.ctypes.data, len(self.good),
+        self._library.run("train", TrainArgs(
+            c.tokens.ctypes.data, c.starts.ctypes.data, self.good.ctypes.data,
             c.features.ctypes.data, state.table.ctypes.data, len(c.words), self.config.bucket,
-            self.config.word_ngrams, BATCH, self.config.lr, self.total, until,
-            ctypes.addressof(progress), self._rows.ctypes.data, self._counts.ctypes.data,
-            self._steps.ctypes.data, self._barrier.ctypes.data, self._shares,
-        )  # fmt: skip
-        # The shares wait for each other: none may begin before all threads are there.
-        gate = Barrier(self.threads)
-
-        def share(ith: int) -> None:
-            gate.wait()
-            self._library.run("train", args, ith, self.threads)
-
-        with ThreadPoolExecutor(self.threads) as pool:
-            try:
-                running = [pool.submit(share, ith) for ith in range(self.threads)]
-            except BaseException:
-                gate.abort()
-                raise
-            for future in running:
-                future.result()
+            self.config.lr, self.total, until, ctypes.addressof(progress),
+            self._rows.ctypes.data, self.config.word_ngrams,
+        ))  # fmt: skip
         state.output = math.nan if progress.diverged else progress.output
         state.document, state.tokens = progress.document, progress.tokens
 
 
 def _fingerprint(counted: Counted, good: np.ndarray, config: ClassifierConfig) -> str:
     digest = hashlib.sha256(
-        repr((config.dim, config.lr, config.word_ngrams, config.epochs, config.bucket, BATCH))
+        repr((config.dim, config.lr, config.word_ngrams, config.epochs, config.bucket))
         .encode()
     )  # fmt: skip
     for array in (counted.tokens, counted.starts, counted.features, good):
