@@ -107,6 +107,17 @@ struct ultraclean_minhash_args {
     int64_t work_stride, expansion;
 };
 
+// Raw text to its words, one space between two: what training reads. Its labels are left out, and what follows its end mark.
+struct ultraclean_words_args {
+    const uint8_t *text;     // UTF-8 of all documents
+    const int64_t *offsets;  // [documents + 1]
+    int64_t documents;
+    const ultraclean_fold *fold;
+    uint8_t *folded;  // room for the longest document, folded
+    uint8_t *out;     // room for all
+    int64_t *sizes;   // [documents]: bytes of each in `out`; -1: left alone, none
+};
+
 // A word that training text has: type 0 is the end mark, whatever the text.
 struct ultraclean_type {
     int64_t begin, count;  // begin: in the text, of the first time

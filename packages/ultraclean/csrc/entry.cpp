@@ -26,6 +26,7 @@ int64_t ultraclean_cache_bytes(void) { return (sizeof(Cache) + 63) / 64 * 64; }
 
 int32_t ultraclean_index(const ultraclean_index_args *a, int32_t ith, int32_t) { return ith ? 0 : build_index(a); }
 int32_t ultraclean_score(const ultraclean_score_args *a, int32_t ith, int32_t nth) { return score(a, ith, nth); }
+int32_t ultraclean_words(const ultraclean_words_args *a, int32_t ith, int32_t) { return ith ? 0 : words(a); }
 int32_t ultraclean_count(const ultraclean_count_args *a, int32_t ith, int32_t) { return ith ? 0 : count(a); }
 int32_t ultraclean_merge(const ultraclean_merge_args *a, int32_t ith, int32_t) { return ith ? 0 : merge(a); }
 int32_t ultraclean_train(const ultraclean_train_args *a, int32_t ith, int32_t) { return ith ? 0 : train(a); }

@@ -1,8 +1,29 @@
 // Which words training text has, how often, and the text as numbers of words.
 #pragma once
+#include "fold.hpp"
 #include "words.hpp"
 
 namespace ultraclean {
+
+inline int32_t words(const ultraclean_words_args *a) {
+    uint8_t *out = a->out;
+    for (int64_t document = 0; document < a->documents; ++document) {
+        const uint8_t *text = a->folded;
+        int64_t size = fold(*a->fold, a->text + a->offsets[document], a->offsets[document + 1] - a->offsets[document], a->folded);
+        a->sizes[document] = -1;
+        if (size < 0) continue;
+        if (a->fold->trim) trim(text, size);
+        const uint8_t *begin = out;
+        each_word(text, size, [&](const uint8_t *word, int64_t length, uint32_t) {
+            if (is_end(word, length)) return;
+            if (out != begin) *out++ = ' ';
+            std::memcpy(out, word, length);
+            out += length;
+        });
+        a->sizes[document] = out - begin;
+    }
+    return 0;
+}
 
 class Types {
   public:

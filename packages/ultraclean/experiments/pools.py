@@ -27,9 +27,9 @@ from shared import NOISE, PROSE, passages, sampled, save
 from ultraclean import Recipe, make_base, proxy_model, verification, verify
 from ultraclean.proxy_model import bits_per_byte, pack
 
-RECIPE = Recipe(tokens=50_000, batch=16, length=64, seeds=3, eval_windows=60, lr=3e-3)
+RECIPE = Recipe(tokens=30_000, batch=16, length=64, seeds=3, eval_windows=60, lr=3e-3)
 BASE = {"width": 64, "layers": 2, "vocab_size": 1500, "length": 64, "batch": 16, "lr": 3e-3}
-BASE_TOKENS = 500_000
+BASE_TOKENS = 300_000
 SCRATCH_SEEDS = 2
 
 

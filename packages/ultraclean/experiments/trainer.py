@@ -3,11 +3,13 @@
     python packages/ultraclean/experiments/trainer.py
 
 Both get the same seeds in the same order, one thread, width 256, 200,000 buckets; the seed draws
-the division of the text, the order, and the library's rows.
+the division of the text, the order, and the library's rows. Runs that are done are kept.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -59,9 +61,18 @@ def scores(task: str, seed: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Print a table, write results/trainer.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/ultraclean-trainer"))
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
     result = {}
     for task in TASKS:
-        runs = [scores(task, seed) for seed in range(SEEDS)]
+        runs = []
+        for seed in range(SEEDS):
+            cell = folder / f"{task}-{seed}.json"
+            if not cell.is_file():
+                cell.write_text(json.dumps(scores(task, seed)))
+            runs.append(json.loads(cell.read_text()))
         result[task] = runs
         print(task)
         for what in ("f1", "auc"):

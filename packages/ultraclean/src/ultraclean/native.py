@@ -27,6 +27,7 @@ from ultraclean.native_args import (
     MinhashArgs,
     ModelArgs,
     ScoreArgs,
+    WordsArgs,
 )
 
 
@@ -43,7 +44,7 @@ class Library:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._operations = {}
-        for name in ("index", "score", "exact", "minhash", "count", "merge", "train"):
+        for name in ("index", "score", "exact", "minhash", "words", "count", "merge", "train"):
             function = getattr(library, f"ultraclean_{name}")
             function.restype, function.argtypes = c_int32, [c_void_p, c_int32, c_int32]
             self._operations[name] = function
@@ -129,6 +130,34 @@ class Library:
             ),
         )  # fmt: skip
         return shares
+
+    def words(
+        self, documents: Sequence[bytes], fold: FoldArgs, expansion: int
+    ) -> list[bytes | None]:
+        """Each raw document's words, one space between two; None: left to Python.
+
+        Args:
+            documents: UTF-8.
+            fold, expansion: as for `score`.
+        """
+        text, offsets = joined(documents)
+        longest = int(np.diff(offsets).max(initial=0))
+        folded = np.empty(longest * expansion + 64, np.uint8)
+        out = np.empty(int(offsets[-1]) * expansion + 64, np.uint8)
+        sizes = np.empty(len(documents) + 1, np.int64)
+        self.run(
+            "words",
+            WordsArgs(
+                _at(text), _at(offsets), len(documents), ctypes.addressof(fold), _at(folded),
+                _at(out), _at(sizes),
+            ),
+        )  # fmt: skip
+        found: list[bytes | None] = []
+        begin, data = 0, memoryview(out)
+        for size in sizes[:-1].tolist():
+            found.append(None if size < 0 else bytes(data[begin : begin + size]))
+            begin += max(size, 0)
+        return found
 
     def minhash(
         self,

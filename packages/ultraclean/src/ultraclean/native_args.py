@@ -113,6 +113,16 @@ class Split(Structure):
     _fields_ = [(name, c_uint8) for name in ("mask", "space_before", "many", "at_end")]
 
 
+class WordsArgs(Structure):
+    """ultraclean_words_args."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("text", "offsets")),
+        ("documents", c_int64),
+        *((name, c_void_p) for name in ("fold", "folded", "out", "sizes")),
+    ]
+
+
 class CountArgs(Structure):
     """ultraclean_count_args."""
 

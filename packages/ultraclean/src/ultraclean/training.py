@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ultraclean import library, model_file, width_one
+from ultraclean import library, model_file, native, width_one
 from ultraclean._files import atomic_path
 from ultraclean.classifier import MODEL, Classifier, finish
 from ultraclean.collapsing import table_of
 from ultraclean.config import ClassifierConfig
 from ultraclean.normalise import Normaliser
 from ultraclean.reference import END, tokens
-from ultraclean.scorer import Scorer
+from ultraclean.scorer import Scorer, batches
 
 
 def train(
@@ -118,9 +118,20 @@ def _prepare(texts: Iterable[str], normaliser: Normaliser) -> list[bytes]:
     A `__label__x` in a text would otherwise become a label of its line, even a new class, and the
     library would read what follows a `</s>` as a line without a label.
     """
-    lines = (
-        b" ".join(w for w in tokens(normaliser(text)) if w != END)
-        for text in texts
-        if text.strip()  # or an empty page would teach the word that a newline becomes
-    )
+    library, _ = native.library()
+    # An empty page would teach the word that a newline becomes.
+    kept = (text for text in texts if text.strip())
+    lines: list[bytes] = []
+    for batch in batches(kept):
+        if library is None or normaliser.tokenizer is not None:
+            found: list[bytes | None] = [None] * len(batch)
+        else:
+            documents = [text.encode("utf-8", "replace") for text in batch]
+            found = library.words(documents, normaliser.fold.args, normaliser.fold.expansion)
+        lines += [_plainly(text, normaliser) if line is None else line
+                  for text, line in zip(batch, found, strict=True)]  # fmt: skip
     return [line for line in lines if line]
+
+
+def _plainly(text: str, normaliser: Normaliser) -> bytes:
+    return b" ".join(word for word in tokens(normaliser(text)) if word != END)
