@@ -30,7 +30,6 @@ from ultraclean.proxy_model import bits_per_byte, pack
 RECIPE = Recipe(tokens=30_000, batch=16, length=64, seeds=3, eval_windows=60, lr=3e-3)
 BASE = {"width": 64, "layers": 2, "vocab_size": 1500, "length": 64, "batch": 16, "lr": 3e-3}
 BASE_TOKENS = 300_000
-SCRATCH_SEEDS = 2
 
 
 def texts() -> tuple[list[str], dict[str, list[str]], dict[str, list[str]]]:
@@ -56,8 +55,10 @@ def base_of(folder: Path, mix: list[str]) -> Path:
     return folder / "base"
 
 
-def from_scratch(folder: Path, base: Path, mix: list[str], pools: dict[str, list[str]],
-                 judges: dict[str, list[str]]) -> dict[str, list[float]]:  # fmt: skip
+def from_scratch(
+    folder: Path, base: Path, mix: list[str], pools: dict[str, list[str]],
+    judges: dict[str, list[str]], scratch_seeds: int,
+) -> dict[str, list[float]]:  # fmt: skip
     """Arm -> mean bits per byte of each seed, trained on ten times an anneal's tokens."""
     _, tokenizer = proxy_model.load(base)
     config = transformers.AutoConfig.from_pretrained(base)
@@ -67,7 +68,7 @@ def from_scratch(folder: Path, base: Path, mix: list[str], pools: dict[str, list
     steps = 10 * RECIPE.steps
     taken = round(RECIPE.candidate * RECIPE.batch)
     found: dict[str, list[float]] = {}
-    for seed, arm in itertools.product(range(SCRATCH_SEEDS), [verification.CONTROL, *packed]):
+    for seed, arm in itertools.product(range(scratch_seeds), [verification.CONTROL, *packed]):
         cell = folder / "scratch" / f"{arm}-{seed}.json"
         if not cell.is_file():
             began = time.perf_counter()
@@ -109,7 +110,9 @@ def main() -> None:
     """Print the tables, write results/pools.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/ultraclean-pools"))
-    folder = parser.parse_args().folder
+    parser.add_argument("--scratch-seeds", type=int, default=2)
+    options = parser.parse_args()
+    folder, scratch_seeds = options.folder, options.scratch_seeds
     mix, pools, judges = texts()
     base = base_of(folder, mix)
     found = verify(base, pools, mix, judges, RECIPE, folder / "verify",
@@ -118,17 +121,17 @@ def main() -> None:
     result = {"recipe": asdict(RECIPE), "base": {**BASE, "tokens": BASE_TOKENS},
               **found.to_dict()}  # fmt: skip
     save("pools", result)
-    losses = from_scratch(folder, base, mix, pools, judges)
+    losses = from_scratch(folder, base, mix, pools, judges, scratch_seeds)
     control = losses[verification.CONTROL]
     gains = {arm: [c - x for c, x in zip(control, losses[arm], strict=True)] for arm in pools}
     cheap = [found.of(arm).gain for arm in pools]
     dear = [statistics.mean(gains[arm]) for arm in pools]
-    per_seed = [kendall(cheap, [gains[arm][s] for arm in pools]) for s in range(SCRATCH_SEEDS)]
+    per_seed = [kendall(cheap, [gains[arm][s] for arm in pools]) for s in range(scratch_seeds)]
     between = [kendall([gains[arm][a] for arm in pools], [gains[arm][b] for arm in pools])
-               for a, b in itertools.combinations(range(SCRATCH_SEEDS), 2)]  # fmt: skip
+               for a, b in itertools.combinations(range(scratch_seeds), 2)]  # fmt: skip
     spent = found.ledger
     scratch_tokens = (
-        (len(pools) + 1) * SCRATCH_SEEDS * 10 * RECIPE.steps * RECIPE.batch * (RECIPE.length)
+        (len(pools) + 1) * scratch_seeds * 10 * RECIPE.steps * RECIPE.batch * (RECIPE.length)
     )
     result |= {
         "scratch_gains": gains, "kendall": kendall(cheap, dear), "kendall_by_seed": per_seed,

@@ -200,6 +200,9 @@ def test_an_interrupted_training_goes_on(
     again = fit([b"a b"] * 9 + [b"c"] * 9, [True] * 9 + [False] * 9, SMALL,
                 _copy(tmp_path / ".x.training"))  # fmt: skip
     assert equal(other, again)
+    (tmp_path / "copy").write_bytes(b"damaged")
+    assert equal(other, fit([b"a b"] * 9 + [b"c"] * 9, [True] * 9 + [False] * 9, SMALL,
+                            tmp_path / "copy"))  # fmt: skip
     made = train(prose[:50], shuffled[:50], SMALL, tmp_path / "x", stop_at(2))
     assert 0.9 <= seen[0] < seen[-1] == 1
     assert sha256(made.folder) == sha256(whole.folder)

@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def fit(
         config: how. The same result for any number of threads.
         checkpoint: a file that an interrupted training is kept in, twice a minute, and goes on
             from; removed at the end.
-        progress: called with (tokens done, of how many) about five times a second.
+        progress: called with (tokens done, of how many) every quarter of a million.
         backend: `native`, `numpy`, or `auto`: native where it is there.
 
     Raises:
@@ -228,7 +229,10 @@ def _resumed(path: Path | None, key: str) -> State | None:
     """What an interrupted training of the same text and settings left."""
     if path is None or not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as found:
-        if str(found["key"]) != key:
-            return None
-        return State(found["table"], float(found["output"]), *map(int, found["at"]))
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            if str(found["key"]) == key:
+                return State(found["table"], float(found["output"]), *map(int, found["at"]))
+    except (ValueError, OSError, KeyError, BadZipFile):
+        pass  # no checkpoint of ours: it will be replaced
+    return None
