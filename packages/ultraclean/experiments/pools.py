@@ -103,7 +103,7 @@ def from_scratch(
 def kendall(a: list[float], b: list[float]) -> float:
     """Share of pairs in the same order minus the share in the other."""
     pairs = list(itertools.combinations(range(len(a)), 2))
-    return sum(np.sign((a[i] - a[j]) * (b[i] - b[j])) for i, j in pairs) / len(pairs)
+    return float(sum(np.sign((a[i] - a[j]) * (b[i] - b[j])) for i, j in pairs) / len(pairs))
 
 
 def main() -> None:
