@@ -37,6 +37,24 @@ def predict(model: str, texts: str) -> Callable[[], Any]:
     return run
 
 
+def train(lines: str, texts: str, settings: str) -> Callable[[], Any]:
+    """fastText's own training on a file of labelled lines. P(pos) of texts that it did not see."""
+    import fasttext
+
+    fasttext.FastText.eprint = lambda *a, **k: None
+    held = texts_of(texts)
+
+    def run() -> list[float]:
+        model = fasttext.train_supervised(lines, **json.loads(settings))
+        labels, shares = model.predict(held, k=2)
+        return [
+            float(s[list(found).index("__label__pos")])
+            for found, s in zip(labels, shares, strict=True)
+        ]
+
+    return run
+
+
 def recipe(model: str, texts: str, tokenizer: str) -> Callable[[], Any]:
     """Ultra-FineWeb's recipe: fold, cut with `tokenizers`, decode each id alone, join, predict."""
     import re

@@ -106,4 +106,75 @@ struct ultraclean_minhash_args {
     uint8_t *work;          // [nth][work_stride]
     int64_t work_stride, expansion;
 };
+
+// Raw text to its words, one space between two: what training reads. Its labels are left out, and what follows its end mark.
+struct ultraclean_words_args {
+    const uint8_t *text;     // UTF-8 of all documents
+    const int64_t *offsets;  // [documents + 1]
+    int64_t documents;
+    const ultraclean_fold *fold;
+    uint8_t *folded;  // room for the longest document, folded
+    uint8_t *out;     // room for all
+    int64_t *sizes;   // [documents]: bytes of each in `out`; -1: left alone, none
+};
+
+// A word that training text has: type 0 is the end mark, whatever the text.
+struct ultraclean_type {
+    int64_t begin, count;  // begin: in the text, of the first time
+    uint32_t hash;
+    int32_t length;
+};
+
+// Counts the words of documents and makes each a type's number. Stops where the tables are too small, to be called
+// again with larger ones.
+struct ultraclean_count_args {
+    const uint8_t *text;
+    const int64_t *offsets;  // [documents + 1], into text
+    int64_t documents;
+    uint64_t *slots;  // [slot_count], a power of two: hash << 32 | type; 0: empty
+    int64_t slot_count;
+    ultraclean_type *types;  // [type_room]
+    int64_t type_room;
+    int32_t *tokens;   // of all documents, each ended by type 0; may be null
+    int64_t *lengths;  // [documents]: tokens of each
+    int64_t *state;    // documents, types, tokens so far
+    int32_t rebuild;   // the slots are new, the types are not
+};
+
+// Puts the types of another count into this one's.
+struct ultraclean_merge_args {
+    ultraclean_count_args into;
+    const ultraclean_type *types;
+    int64_t count;
+    int32_t *becomes;  // [count]: its number in `into`
+};
+
+// What the trainer asks of a type of word.
+struct ultraclean_feature {
+    uint32_t hash;
+    int32_t row;  // -1: too rare
+};
+
+struct ultraclean_progress {
+    double output;     // w_pos - w_neg
+    int64_t document;  // next one of the epoch
+    int64_t tokens;    // done in all epochs
+    int64_t diverged;
+};
+
+// Stochastic gradient descent on a fastText classifier of width one.
+struct ultraclean_train_args {
+    const int32_t *tokens;  // of all documents, as counted
+    const int64_t *starts;  // [documents + 1]
+    const uint8_t *good;    // [documents]
+    const ultraclean_feature *features;  // of each type
+    float *table;                        // [vocabulary + bucket]: the input matrix
+    int64_t vocabulary, bucket;
+    double lr;
+    int64_t total;  // tokens of all epochs: the rate falls to nothing over them
+    int64_t until;  // stops before this document
+    ultraclean_progress *progress;
+    uint32_t *rows;  // [ngrams · tokens of the longest document]
+    int32_t ngrams;
+};
 }

@@ -2,6 +2,8 @@
 #include "bpe.hpp"
 #include "cpu_level.hpp"
 #include "minhash.hpp"
+#include "train.hpp"
+#include "vocabulary.hpp"
 
 using namespace ultraclean;
 using namespace native;
@@ -24,6 +26,10 @@ int64_t ultraclean_cache_bytes(void) { return (sizeof(Cache) + 63) / 64 * 64; }
 
 int32_t ultraclean_index(const ultraclean_index_args *a, int32_t ith, int32_t) { return ith ? 0 : build_index(a); }
 int32_t ultraclean_score(const ultraclean_score_args *a, int32_t ith, int32_t nth) { return score(a, ith, nth); }
+int32_t ultraclean_words(const ultraclean_words_args *a, int32_t ith, int32_t) { return ith ? 0 : words(a); }
+int32_t ultraclean_count(const ultraclean_count_args *a, int32_t ith, int32_t) { return ith ? 0 : count(a); }
+int32_t ultraclean_merge(const ultraclean_merge_args *a, int32_t ith, int32_t) { return ith ? 0 : merge(a); }
+int32_t ultraclean_train(const ultraclean_train_args *a, int32_t ith, int32_t) { return ith ? 0 : train(a); }
 int32_t ultraclean_exact(const ultraclean_exact_args *a, int32_t ith, int32_t nth) { return exact(a, ith, nth); }
 
 int32_t ultraclean_minhash(const ultraclean_minhash_args *a, int32_t ith, int32_t nth) {

@@ -1,26 +1,23 @@
-// The mean of a document's scalars: its logit. Words come in one by one; n-grams are formed in blocks, so that their
-// rows, scattered over a table larger than the inner caches, are fetched many at a time.
+// The mean of a document's scalars: its logit. Words come in one by one, n-grams in blocks.
 #pragma once
 #include <cmath>
 #include <limits>
 
-#include "words.hpp"
+#include "ngrams.hpp"
 
 namespace ultraclean {
 
 class Sum {
   public:
-    explicit Sum(const ultraclean_model &m) : model(m), modulo(uint64_t(m.bucket)) {}
+    explicit Sum(const ultraclean_model &m) : model(m), ngrams(m.table + m.vocabulary, m.bucket, m.ngrams) {}
 
-    void begin() { total = 0, count = 0, held = 0, before = 0, words = 0; }
+    void begin() { total = 0, count = 0, words = 0, ngrams.begin(); }
 
     void add(uint32_t hash, float scalar, bool has_row) {
         total += has_row ? double(scalar) : 0.0;
         count += has_row;
-        // The library keeps hashes as signed 32-bit integers: the sign extends.
-        hashes[before + held] = uint64_t(int64_t(int32_t(hash)));
         ++words;
-        if (++held == BLOCK) flush();
+        ngrams.add(hash, [this](const uint32_t *rows, int64_t found) { add_grams(rows, found); });
     }
 
     void add_word(const uint8_t *word, int64_t length, uint32_t hash) {
@@ -30,53 +27,29 @@ class Sum {
     }
 
     double finish() {
-        flush();
+        ngrams.flush([this](const uint32_t *rows, int64_t found) { add_grams(rows, found); });
         return count ? total / double(count) : std::numeric_limits<double>::quiet_NaN();
     }
 
     int64_t words;
 
   private:
-    static constexpr int64_t BLOCK = 128, MOST = 16;  // MOST: longest n-gram
     const ultraclean_model &model;
-    const Modulo modulo;
+    Ngrams ngrams;
     double total;
-    int64_t count, held, before;
-    uint64_t hashes[BLOCK + MOST], chain[BLOCK + MOST];
-    uint32_t rows[BLOCK + MOST];
+    int64_t count;
 
-    // All n-grams that end in the block; `before` words in front of it belong to the one before.
-    void flush() {
-        const int64_t all = before + held;
+    void add_grams(const uint32_t *rows, int64_t found) {
         const float *grams = model.table + model.vocabulary;
-        if (model.bucket) {
-            std::memcpy(chain, hashes, all * sizeof *hashes);
-            for (int64_t n = 2; n <= model.ngrams && n <= all; ++n) {
-                // chain[i] is the n-gram that begins at i.
-                const int64_t first = before >= n - 1 ? before - (n - 1) : 0;
-                for (int64_t i = 0; i + n <= all; ++i) chain[i] = chain[i] * NGRAM_FACTOR + hashes[i + n - 1];
-                const int64_t found = all - n + 1;
-                for (int64_t i = first; i < found; ++i) {
-                    rows[i] = uint32_t(modulo(chain[i]));
-                    __builtin_prefetch(grams + rows[i]);
-                }
-                double sums[4] = {0, 0, 0, 0};
-                if (model.pruned) {
-                    for (int64_t i = first; i < found; ++i)
-                        if (const float s = grams[rows[i]]; !std::isnan(s)) sums[0] += s, ++count;
-                } else {
-                    int64_t i = first;
-                    for (; i + 4 <= found; i += 4)
-                        for (int k = 0; k < 4; ++k) sums[k] += grams[rows[i + k]];
-                    for (; i < found; ++i) sums[0] += grams[rows[i]];
-                    count += found - first;
-                }
-                total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
-            }
+        if (!model.pruned) {
+            total += sum_of(grams, rows, found);
+            count += found;
+            return;
         }
-        const int64_t keep = all < model.ngrams - 1 ? all : model.ngrams - 1;
-        std::memmove(hashes, hashes + all - keep, keep * sizeof *hashes);
-        before = keep, held = 0;
+        double sum = 0;
+        for (int64_t i = 0; i < found; ++i)
+            if (const float s = grams[rows[i]]; !std::isnan(s)) sum += s, ++count;
+        total += sum;
     }
 };
 

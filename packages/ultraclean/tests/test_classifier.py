@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,7 @@ def test_same_seed_same_bytes_and_another_seed_others(
     for name in ("a", "b"):
         train(prose[:200], shuffled[:150], SMALL, tmp_path / name)
     assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
-    train(
-        prose[:200],
-        shuffled[:150],
-        ClassifierConfig(**{**SMALL.to_dict(), "seed": 1}),
-        tmp_path / "c",
-    )
+    train(prose[:200], shuffled[:150], replace(SMALL, seed=1), tmp_path / "c")
     assert sha256(tmp_path / "a" / "model.bin") != sha256(tmp_path / "c" / "model.bin")
 
 
@@ -146,7 +142,7 @@ def test_every_row_is_initialised_with_one_thread(prose: list[str], tmp_path: Pa
     """Older fastText left nine tenths of the matrix at zero; seeds would not be repeatable."""
     import fasttext
 
-    made = train(prose[:50], prose[50:100], SMALL, tmp_path / "x")
+    made = train(prose[:50], prose[50:100], replace(SMALL, trainer="fasttext"), tmp_path / "x")
     rows = fasttext.load_model(str(made.folder / "model.bin")).get_input_matrix()
     assert (rows != 0).any(axis=1).all()
 
@@ -169,7 +165,19 @@ def test_manifest_records_the_configuration(classifier: Classifier) -> None:
     manifest = json.loads((classifier.folder / "manifest.json").read_text())
     assert manifest["config"] == SMALL.to_dict()
     assert ClassifierConfig.from_dict(manifest["config"]) == SMALL
-    assert "fasttext" in manifest["library"]
+    assert manifest["library"] is None
+
+
+def test_the_library_trains_too(prose: list[str], shuffled: list[str], tmp_path: Path) -> None:
+    config = replace(SMALL, trainer="fasttext")
+    for name in ("a", "b"):
+        made = train(prose[:200], shuffled[:150], config, tmp_path / name)
+    assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
+    assert "fasttext" in made.manifest["library"]
+    with pytest.raises(ValueError, match="no word comes 3 times"):
+        train(["x"], ["y"], config, tmp_path / "c")
+    with pytest.raises(ValueError, match=r"diverged with lr=1e\+38: lower lr"):
+        train(prose[:20], prose[20:40], replace(config, lr=1e38), tmp_path / "c")
 
 
 @pytest.mark.parametrize(
@@ -180,6 +188,8 @@ def test_manifest_records_the_configuration(classifier: Classifier) -> None:
         ({"seed": -1}, "seed must be at least 0"),
         ({"lr": float("nan")}, "lr must be a positive number"),
         ({"normaliser": "x"}, "unknown normaliser 'x'"),
+        ({"trainer": "x"}, "unknown trainer 'x'"),
+        ({"word_ngrams": 17}, "word_ngrams must be at most 16"),
         ({"normaliser": "ultrafine"}, "needs tokenizer=PATH"),
         ({"tokenizer": "t.json"}, "takes no tokenizer"),
     ],

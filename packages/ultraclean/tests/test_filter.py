@@ -17,7 +17,7 @@ import zstandard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ultraclean import Classifier, filter_corpus, outputs, threshold_for_corpus
+from ultraclean import Classifier, filter_corpus, outputs, thresholds_for_corpus
 
 SCRIPT = Path(sys.executable).parent / "ultraclean"
 
@@ -257,7 +257,7 @@ def test_budget_ignores_malformed_lines_and_what_heuristics_drop(
     path = write(tmp_path / "in.jsonl", [*records, *records, {"text": "short"}])
     path.write_text("{broken\n" + path.read_text())
     rules = {"min_chars": 20, "drop_duplicates": True}
-    threshold = threshold_for_corpus([path], classifier, 0.4, **rules)
+    threshold = thresholds_for_corpus([path], classifier, [0.4], **rules)[0]
     report = filter_corpus([path], tmp_path / "out", classifier, threshold=threshold, **rules)
     assert report.malformed == 1 and report.reasons["duplicate"] >= 300
     kept = [json.loads(x) for x in (tmp_path / "out/kept.jsonl").read_text().splitlines()]
@@ -269,7 +269,7 @@ def test_budget_ignores_malformed_lines_and_what_heuristics_drop(
     assert above / total < 0.4 <= sum(chars) / total
     (tmp_path / "none.jsonl").write_text("{broken\n")
     with pytest.raises(ValueError, match="no usable text on 1 lines"):
-        threshold_for_corpus([tmp_path / "none.jsonl"], classifier, 0.4)
+        thresholds_for_corpus([tmp_path / "none.jsonl"], classifier, [0.4])
 
 
 def test_report_shows_the_surest_and_the_closest(

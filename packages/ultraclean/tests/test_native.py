@@ -77,6 +77,15 @@ def test_raw_text_scores_as_the_normalised_text_does(
     assert 0.05 < ours.mean() < 0.95 and counted[-1] > 20
 
 
+def test_training_reads_the_words_that_scoring_does(trained: Classifier, prose: list[str]) -> None:
+    from ultraclean.training import _plainly, _prepare
+
+    texts = [t for t in [*DOCUMENTS, *prose[:300]] if t.strip()]
+    plain = [_plainly(text, trained.normaliser) for text in texts]
+    assert _prepare([*texts, "", " \n "], trained.normaliser) == [line for line in plain if line]
+    assert len(set(plain)) > 1000 and b"" in plain  # texts of marks alone have no word
+
+
 def test_and_both_as_the_library_says(
     trained: Classifier, prose: list[str], shuffled: list[str]
 ) -> None:

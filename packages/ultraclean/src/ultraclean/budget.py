@@ -62,22 +62,3 @@ def thresholds_for_corpus(
     if not scores:
         raise ValueError(f"no usable text on {read} lines: nothing to set a threshold by")
     return [threshold_for_budget(scores, weights, share) for share in keep]
-
-
-def threshold_for_corpus(
-    inputs: Iterable[str | os.PathLike[str]],
-    classifier: Classifier,
-    keep: float,
-    *,
-    text_key: str = "text",
-    min_chars: int = 0,
-    drop_duplicates: bool = False,
-    by: str = "characters",
-    workers: int = 1,
-    progress: Callable[[int], None] = lambda done: None,
-) -> float:
-    """The one threshold for the one share `keep`; see `thresholds_for_corpus`."""
-    return thresholds_for_corpus(
-        inputs, classifier, [keep], text_key=text_key, min_chars=min_chars,
-        drop_duplicates=drop_duplicates, by=by, workers=workers, progress=progress,
-    )[0]  # fmt: skip

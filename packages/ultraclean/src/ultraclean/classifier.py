@@ -1,11 +1,10 @@
-"""Train a fastText quality classifier, keep it in a folder, score text with it."""
+"""A quality classifier in its folder: made of a fastText model, opened, asked for scores."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import random
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,83 +17,13 @@ from ultraclean._files import atomic_path, sha256, write_json
 from ultraclean.collapsing import table_of
 from ultraclean.config import ClassifierConfig
 from ultraclean.normalise import Normaliser
-from ultraclean.reference import END, tokens
 from ultraclean.scorer import Scorer
 
 if TYPE_CHECKING:
     from fasttext.FastText import _FastText
 
 Backend = Literal["auto", "collapsed", "reference"]
-_MODEL, _TABLE, _TOKENIZER = "model.bin", ("scalars.npy", "words.txt"), "tokenizer.json"
-
-
-def train(
-    positives: Iterable[str],
-    negatives: Iterable[str],
-    config: ClassifierConfig,
-    output: str | os.PathLike[str],
-) -> Classifier:
-    """Train on good and bad text and write a classifier folder, atomically.
-
-    The larger class is cut to the size of the smaller by a draw with the configuration's seed.
-    With `threads=1` the same text and configuration give the same bytes.
-
-    The folder holds `model.bin` (fastText's, needed only by the reference backend), `scalars.npy`
-    and `words.txt` (the collapsed table), `tokenizer.json` if the normaliser has one, and
-    `manifest.json`.
-
-    Args:
-        positives: raw texts of the kind to keep.
-        negatives: raw texts of the kind to drop.
-        config: how to train.
-        output: the folder to write; replaced if it exists.
-
-    Raises:
-        ValueError: a class without a text, words too rare for `min_count`, or updates that diverge.
-        ImportError: fastText is not installed.
-    """
-    normaliser = Normaliser(config.normaliser, config.tokenizer)
-    draw = random.Random(config.seed)
-    classes = {"pos": _prepare(positives, normaliser), "neg": _prepare(negatives, normaliser)}
-    for label, texts in classes.items():
-        if not texts:
-            raise ValueError(f"no {'positive' if label == 'pos' else 'negative'} text to learn "
-                             "from: each class needs at least one with a word in it")  # fmt: skip
-    size = min(map(len, classes.values()))
-    lines = [
-        f"__label__{label} {text}"
-        for label, texts in classes.items()
-        for text in (draw.sample(texts, size) if len(texts) > size else texts)
-    ]
-    draw.shuffle(lines)
-    with atomic_path(output) as folder:
-        folder.mkdir()
-        model = library.fit(lines, config, folder / "seeds.txt")
-        model.save_model(str(folder / _MODEL))
-        del model  # gigabytes: what follows maps the file
-        made = model_file.read(folder / _MODEL)
-        words = b"".join(word + b"\n" for word in made.words)
-        Scorer(table_of(made, *library.LABELS), words, config.word_ngrams).save(folder)
-        _finish(folder, config, {
-            "texts": {label: len(texts) for label, texts in classes.items()},
-            "texts_used": {label: size for label in classes},
-            "library": library.version(),
-        })  # fmt: skip
-    return Classifier.load(output)
-
-
-def _prepare(texts: Iterable[str], normaliser: Normaliser) -> list[str]:
-    """The words that scoring would see of each text; texts without one teach nothing.
-
-    A `__label__x` in a text would otherwise become a label of its line, even a new class, and the
-    library would read what follows a `</s>` as a line without a label.
-    """
-    lines = (
-        b" ".join(w for w in tokens(normaliser(text)) if w != END).decode()
-        for text in texts
-        if text.strip()  # or an empty page would teach the word that a newline becomes
-    )
-    return [line for line in lines if line]
+MODEL, _TABLE, _TOKENIZER = "model.bin", ("scalars.npy", "words.txt"), "tokenizer.json"
 
 
 def convert(
@@ -132,21 +61,21 @@ def convert(
     config = ClassifierConfig(
         dim=settings["dim"], word_ngrams=settings["word_ngrams"], bucket=max(1, settings["bucket"]),
         min_count=max(1, settings["min_count"]), epochs=settings["epoch"], normaliser=normaliser,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer, trainer="fasttext",
     )  # fmt: skip
     words = b"".join(word + b"\n" for word in found.words)
     with atomic_path(output) as folder:
         folder.mkdir()
         dense = isinstance(found.inputs, model_file.DenseMatrix)
         if keep_model and dense and found.pruned is None:
-            shutil.copyfile(model, folder / _MODEL)
+            shutil.copyfile(model, folder / MODEL)
         Scorer(table, words, config.word_ngrams).save(folder)
-        _finish(folder, config, {"converted_from": sha256(model), "positive": positive,
+        finish(folder, config, {"converted_from": sha256(model), "positive": positive,
                                  "labels": found.labels})  # fmt: skip
     return Classifier.load(output)
 
 
-def _finish(folder: Path, config: ClassifierConfig, facts: dict[str, Any]) -> None:
+def finish(folder: Path, config: ClassifierConfig, facts: dict[str, Any]) -> None:
     """The tokenizer's copy and the manifest, last of a folder's files."""
     normaliser = Normaliser(config.normaliser, config.tokenizer)
     if config.tokenizer is not None:
@@ -213,7 +142,7 @@ class Classifier:
             if manifest["format"] != 1:
                 raise ValueError(f"format {manifest['format']}, this version reads 1")
             # The model may be gigabytes, and scoring does not read it: checked when it is.
-            for name in manifest["files"].keys() - {_MODEL}:
+            for name in manifest["files"].keys() - {MODEL}:
                 _check(path / name, manifest["files"][name])
             return cls(path, manifest)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -252,12 +181,12 @@ class Classifier:
         return self.manifest.get("positive", library.LABELS[0])
 
     def _whole_model(self, who: str) -> Path:
-        path = self.folder / _MODEL
+        path = self.folder / MODEL
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} does not exist: {who} needs it; restore it, or use backend='collapsed'"
             )
-        _check(path, self.manifest["files"][_MODEL])
+        _check(path, self.manifest["files"][MODEL])
         return path
 
     def _exact(self, words: Iterable[str]) -> np.ndarray:
@@ -265,7 +194,7 @@ class Classifier:
             model = model_file.read(self._whole_model("an exact score"))
             if not isinstance(model.inputs, model_file.DenseMatrix):
                 raise ValueError(
-                    f"{self.folder / _MODEL} is quantised (.ftz): an exact score needs the dense "
+                    f"{self.folder / MODEL} is quantised (.ftz): an exact score needs the dense "
                     "model it was made from; leave exact out"
                 )
             column = model.labels.index(self._positive)

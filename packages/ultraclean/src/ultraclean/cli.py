@@ -55,27 +55,31 @@ def train(
     normaliser: Normaliser = "ultrafine-words",
     tokenizer: Tokenizer = None,
     seed: Annotated[int, typer.Option(help="Of the balancing, the shuffle and fastText.")] = 0,
-    threads: Annotated[int, typer.Option(help="1 is repeatable to the byte.")] = 1,
+    threads: Annotated[int, typer.Option(help="For counting words; of fastText, for all.")] = 1,
+    trainer: Annotated[
+        str, typer.Option(help="native, or fasttext: repeatable with one thread only.")
+    ] = "native",
     text_key: TextKey = "text",
 ) -> None:
     """Train a classifier; the defaults are Ultra-FineWeb's. The larger class is cut to the smaller.
 
-    A model has bucket · dim · 4 bytes: 2 GB with the defaults, in memory while training and on
-    disk. Scoring afterwards reads 8 MB of it.
+    The native trainer trains a fastText model of any width as one of width one: some 8 MB with the
+    defaults, the same for any number of threads; after Ctrl-C the same command goes on. The
+    library's model has bucket · dim · 4 bytes: 2 GB, in memory while training and on disk.
     """
-    from ultraclean.classifier import train as fit
     from ultraclean.config import ClassifierConfig
-    from ultraclean.reading import counting, texts
+    from ultraclean.reading import counting, stepping, texts
+    from ultraclean.training import train as fit
 
     config = ClassifierConfig(
         dim=dim, lr=lr, word_ngrams=word_ngrams, min_count=min_count, epochs=epochs, bucket=bucket,
-        normaliser=normaliser, tokenizer=tokenizer, seed=seed, threads=threads,
+        normaliser=normaliser, tokenizer=tokenizer, seed=seed, threads=threads, trainer=trainer,
     )  # fmt: skip
-    with counting("texts read, then training:") as progress:
-        classifier = fit(
-            texts(positives, text_key, progress), texts(negatives, text_key, progress),
-            config, output,
-        )  # fmt: skip
+    with counting("texts read:") as progress:
+        good = list(texts(positives, text_key, progress))
+        bad = list(texts(negatives, text_key, progress))
+    with stepping("words learned from") as steps:
+        classifier = fit(good, bad, config, output, steps)
     made = classifier.manifest
     print(f"{output}: trained on {made['texts_used']['pos']} good texts of {made['texts']['pos']} "
           f"and {made['texts_used']['neg']} bad of {made['texts']['neg']}")  # fmt: skip

@@ -61,7 +61,7 @@ def score(
     rejected. After a kill, the same command goes on where it was. report.json has the counts by
     source and reason, and examples; `ultraclean inspect` makes a page of the folder.
     """
-    from ultraclean.budget import threshold_for_corpus
+    from ultraclean.budget import thresholds_for_corpus
     from ultraclean.classifier import Classifier
     from ultraclean.filter import filter_corpus
     from ultraclean.minhash import Decontaminator
@@ -79,8 +79,8 @@ def score(
     }  # fmt: skip
     if keep is not None:
         with counting("rows scored, to find the threshold:") as progress:
-            threshold = threshold_for_corpus(
-                inputs, model, keep, **chosen, by=by, progress=progress
+            (threshold,) = thresholds_for_corpus(
+                inputs, model, [keep], **chosen, by=by, progress=progress
             )
     threshold = 0.5 if threshold is None else threshold
     known = None

@@ -9,13 +9,17 @@ from typing import Any
 
 from ultraclean.normalise import NORMALISERS
 
+TRAINERS = ("native", "fasttext")
+LONGEST_NGRAM = 16
+
 
 @dataclass(frozen=True, slots=True)
 class ClassifierConfig:
     """How to train the fastText classifier.
 
     Args:
-        dim: width of an embedding row (paper: 256).
+        dim: width of an embedding row (paper: 256). To the native trainer, how large fastText's
+            random rows are at the start; see `width_one`.
         lr: fastText's learning rate, decaying linearly to 0 (paper: 0.1).
         word_ngrams: longest word n-gram hashed into a feature (paper: 3).
         min_count: words rarer than this in the seeds have no row of their own (paper: 5).
@@ -26,7 +30,9 @@ class ClassifierConfig:
         tokenizer: path of the `tokenizer.json` that the normaliser `ultrafine` cuts words with; a
             copy goes into the classifier's folder.
         seed: of the shuffle, of the balancing and of fastText, 0..2³¹−1.
-        threads: 1 gives the same bytes each time; more is faster and fastText's updates then race.
+        threads: the native trainer counts words with them and gives the same bytes for any number;
+            fastText's updates race with more than one.
+        trainer: `native`, ours (see `width_one`), or `fasttext`, the library.
 
     Raises:
         ValueError: a value of another type or out of range, or a tokenizer missing or not wanted.
@@ -42,6 +48,7 @@ class ClassifierConfig:
     tokenizer: str | None = None
     seed: int = 0
     threads: int = 1
+    trainer: str = "native"
 
     def __post_init__(self) -> None:
         """Refuse what fastText would crash on or silently ignore."""
@@ -53,6 +60,10 @@ class ClassifierConfig:
                 raise ValueError(f"{name} must be at least {least} and below 2**31, got {value}")
         if not (isinstance(self.lr, int | float) and 0 < self.lr < math.inf):
             raise ValueError(f"lr must be a positive number, got {self.lr!r}")
+        if self.trainer not in TRAINERS:
+            raise ValueError(f"unknown trainer {self.trainer!r}: expected native or fasttext")
+        if self.word_ngrams > LONGEST_NGRAM:
+            raise ValueError(f"word_ngrams must be at most {LONGEST_NGRAM}, got {self.word_ngrams}")
         if self.normaliser not in NORMALISERS:
             known = ", ".join(NORMALISERS)
             raise ValueError(f"unknown normaliser {self.normaliser!r}: expected one of {known}")

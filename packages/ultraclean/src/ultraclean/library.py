@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 LABELS = ("__label__pos", "__label__neg")
 
 
-def fit(lines: Sequence[str], config: ClassifierConfig, scratch: Path) -> _FastText:
-    """Train on lines `__label__… words`.
+def fit(
+    documents: Sequence[bytes], good: Sequence[bool], config: ClassifierConfig, scratch: Path
+) -> _FastText:
+    """Train on normalised text.
 
     Args:
-        lines: without a newline, a label or `</s>` among the words.
+        documents: UTF-8 without a newline, and no label or `</s>` among the words.
+        good: which of them are.
         config: how to train.
         scratch: a file to write the lines to, since the library reads nothing else; removed.
 
@@ -30,7 +33,9 @@ def fit(lines: Sequence[str], config: ClassifierConfig, scratch: Path) -> _FastT
         ImportError: the library is missing.
     """
     fasttext = _import()
-    scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with scratch.open("wb") as stream:
+        for document, is_good in zip(documents, good, strict=True):
+            stream.write(LABELS[not is_good].encode() + b" " + document + b"\n")
     try:
         model = fasttext.train_supervised(
             str(scratch),
@@ -57,8 +62,8 @@ def fit(lines: Sequence[str], config: ClassifierConfig, scratch: Path) -> _FastT
         scratch.unlink()
     if not model.get_words(on_unicode_error="replace"):
         raise ValueError(
-            f"no word comes {config.min_count} times in the {len(lines)} seeds: give more seeds, "
-            "or lower min_count"
+            f"no word comes {config.min_count} times in the {len(documents)} seeds: give more "
+            "seeds, or lower min_count"
         )
     assert sorted(model.get_labels()) == sorted(LABELS)
     return model

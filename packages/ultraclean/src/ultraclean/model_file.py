@@ -1,4 +1,4 @@
-"""fastText's own files, `.bin` and quantised `.ftz`, read without fastText.
+"""fastText's own files, `.bin` and quantised `.ftz`, read (and `.bin` written) without fastText.
 
 The layout is the library's of version 12 (and 11): header, settings, dictionary, input matrix,
 output matrix, little-endian and unaligned. Dense matrices are mapped, not read; a quantised matrix
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,7 @@ _MAGIC, _VERSIONS = 793712314, (11, 12)
 _SETTINGS = ("dim", "ws", "epoch", "min_count", "neg", "word_ngrams", "loss", "model", "bucket",
              "minn", "maxn", "lr_update_rate")  # fmt: skip
 LOSSES = {1: "hs", 2: "ns", 3: "softmax", 4: "ova"}
-SUPERVISED = 3
+SOFTMAX, SUPERVISED = 3, 3
 _WORD, _LABEL = 0, 1
 
 
@@ -201,3 +202,29 @@ def _dictionary(
         return words, labels, counts, None
     pairs = reader.raw(8 * pruned_size).view("<i4").reshape(-1, 2)
     return words, labels, counts, {int(a): int(b) for a, b in pairs}
+
+
+def write(path: str | os.PathLike[str], model: ModelFile, word_counts: Sequence[int]) -> None:
+    """Write a `.bin` of version 12 that fastText loads.
+
+    Args:
+        path: the file.
+        model: a dense one that is not pruned.
+        word_counts: how often each word came, in row order; fastText keeps them.
+    """
+    words = zip(model.words, word_counts, [_WORD] * len(model.words), strict=True)
+    labels = zip(
+        [label.encode() for label in model.labels], model.label_counts,
+        [_LABEL] * len(model.labels), strict=True,
+    )  # fmt: skip
+    total = sum(word_counts) + sum(model.label_counts)
+    sizes = len(model.words) + len(model.labels), len(model.words), len(model.labels)
+    with Path(path).open("wb") as stream:
+        stream.write(struct.pack("<ii", _MAGIC, _VERSIONS[-1]))
+        stream.write(struct.pack("<12id", *(model.settings[name] for name in _SETTINGS), 1e-4))
+        stream.write(struct.pack("<3i2q", *sizes, total, -1))  # -1: not pruned
+        for name, count, kind in (*words, *labels):
+            stream.write(name + b"\0" + struct.pack("<qb", count, kind))
+        for matrix in (model.inputs.rows(0, model.inputs.shape[0]), model.outputs):
+            stream.write(struct.pack("<?qq", False, *matrix.shape))
+            np.ascontiguousarray(matrix, "<f4").tofile(stream)

@@ -27,6 +27,7 @@ from ultraclean.native_args import (
     MinhashArgs,
     ModelArgs,
     ScoreArgs,
+    WordsArgs,
 )
 
 
@@ -43,7 +44,7 @@ class Library:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._operations = {}
-        for name in ("index", "score", "exact", "minhash"):
+        for name in ("index", "score", "exact", "minhash", "words", "count", "merge", "train"):
             function = getattr(library, f"ultraclean_{name}")
             function.restype, function.argtypes = c_int32, [c_void_p, c_int32, c_int32]
             self._operations[name] = function
@@ -52,7 +53,8 @@ class Library:
         self.level = library.ultraclean_level_name(library.ultraclean_level()).decode()
         self._cache_bytes = library.ultraclean_cache_bytes()
 
-    def _run(self, name: str, args: Structure) -> None:
+    def run(self, name: str, args: Structure) -> None:
+        """An operation of `csrc/args.h`."""
         if error := self._operations[name](ctypes.byref(args), 0, 1):
             raise RuntimeError(f"ultraclean_{name} failed with code {error}: please report this")
 
@@ -60,7 +62,7 @@ class Library:
         """Slots of a vocabulary: words' bytes one after the other, int64 offsets `[words + 1]`."""
         count = len(offsets) - 1
         slots = np.zeros(1 << max(4, (4 * count - 1).bit_length()), SLOT)
-        self._run("index", IndexArgs(_at(words), _at(offsets), count, _at(slots), len(slots)))
+        self.run("index", IndexArgs(_at(words), _at(offsets), count, _at(slots), len(slots)))
         return slots
 
     def score(
@@ -89,7 +91,7 @@ class Library:
         logits, counted = np.empty(count), np.zeros(count, np.int64)
         longest = 0 if as_ids else int(np.diff(offsets).max(initial=0))
         stride = self._cache_bytes + 3 * (longest * expansion + 64) + 64
-        self._run(
+        self.run(
             "score",
             ScoreArgs(
                 model, _at(text), _at(offsets), count, _at(text) if as_ids else None,
@@ -120,7 +122,7 @@ class Library:
         shares = np.empty((len(documents), labels), np.float32)
         longest = int(np.diff(offsets).max(initial=0))
         stride = (8 * dim + 4 * labels + 8 * (longest + 2) + 256) // 64 * 64
-        self._run(
+        self.run(
             "exact",
             ExactArgs(
                 model, _at(text), _at(offsets), len(documents), _at(inputs), _at(outputs),
@@ -128,6 +130,34 @@ class Library:
             ),
         )  # fmt: skip
         return shares
+
+    def words(
+        self, documents: Sequence[bytes], fold: FoldArgs, expansion: int
+    ) -> list[bytes | None]:
+        """Each raw document's words, one space between two; None: left to Python.
+
+        Args:
+            documents: UTF-8.
+            fold, expansion: as for `score`.
+        """
+        text, offsets = joined(documents)
+        longest = int(np.diff(offsets).max(initial=0))
+        folded = np.empty(longest * expansion + 64, np.uint8)
+        out = np.empty(int(offsets[-1]) * expansion + 64, np.uint8)
+        sizes = np.empty(len(documents) + 1, np.int64)
+        self.run(
+            "words",
+            WordsArgs(
+                _at(text), _at(offsets), len(documents), ctypes.addressof(fold), _at(folded),
+                _at(out), _at(sizes),
+            ),
+        )  # fmt: skip
+        found: list[bytes | None] = []
+        begin, data = 0, memoryview(out)
+        for size in sizes[:-1].tolist():
+            found.append(None if size < 0 else bytes(data[begin : begin + size]))
+            begin += max(size, 0)
+        return found
 
     def minhash(
         self,
@@ -153,7 +183,7 @@ class Library:
         content = np.empty(len(documents), np.uint64)
         longest = int(np.diff(offsets).max(initial=0))
         stride = 9 * (longest * expansion + 256)
-        self._run(
+        self.run(
             "minhash",
             MinhashArgs(
                 _at(text), _at(offsets), len(documents), ngrams, hashes, ctypes.addressof(fold),
@@ -173,7 +203,7 @@ class Library:
         content = np.empty(len(documents) + 1, np.uint64)
         longest = int(np.diff(offsets).max(initial=0))
         stride = 9 * (longest * expansion + 256)
-        self._run(
+        self.run(
             "minhash",
             MinhashArgs(
                 _at(text), _at(offsets), len(documents), ngrams, 0, ctypes.addressof(fold),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import Structure, c_double, c_int32, c_int64, c_uint8, c_void_p
 
 import numpy as np
 
 SLOT = np.dtype([("hash", "u4"), ("row", "i4"), ("begin", "u4"), ("length", "u4")])
 TOKEN = np.dtype([("hash", "i4"), ("scalar", "f4"), ("kind", "u2"), ("words", "u2")])
+TYPE = np.dtype([("begin", "i8"), ("count", "i8"), ("hash", "u4"), ("length", "i4")])
+FEATURE = np.dtype([("hash", "u4"), ("row", "i4")])
 NONE, ROW, STRANGE, SEVERAL, END_MARK, EDGE = 0, 1, 2, 3, 4, 8
 """Kinds of a token, `TokenKind` in csrc/bpe.hpp."""
 
@@ -109,3 +111,61 @@ class Split(Structure):
     """ultraclean_split: one step of a pre-tokenizer."""
 
     _fields_ = [(name, c_uint8) for name in ("mask", "space_before", "many", "at_end")]
+
+
+class WordsArgs(Structure):
+    """ultraclean_words_args."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("text", "offsets")),
+        ("documents", c_int64),
+        *((name, c_void_p) for name in ("fold", "folded", "out", "sizes")),
+    ]
+
+
+class CountArgs(Structure):
+    """ultraclean_count_args."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("text", "offsets")),
+        ("documents", c_int64),
+        ("slots", c_void_p),
+        ("slot_count", c_int64),
+        ("types", c_void_p),
+        ("type_room", c_int64),
+        *((name, c_void_p) for name in ("tokens", "lengths", "state")),
+        ("rebuild", c_int32),
+    ]
+
+
+class MergeArgs(Structure):
+    """ultraclean_merge_args."""
+
+    _fields_ = [
+        ("into", CountArgs),
+        ("types", c_void_p),
+        ("count", c_int64),
+        ("becomes", c_void_p),
+    ]
+
+
+class ProgressArgs(Structure):
+    """ultraclean_progress."""
+
+    _fields_ = [
+        ("output", c_double),
+        *((name, c_int64) for name in ("document", "tokens", "diverged")),
+    ]
+
+
+class TrainArgs(Structure):
+    """ultraclean_train_args."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("tokens", "starts", "good", "features", "table")),
+        *((name, c_int64) for name in ("vocabulary", "bucket")),
+        ("lr", c_double),
+        *((name, c_int64) for name in ("total", "until")),
+        *((name, c_void_p) for name in ("progress", "rows")),
+        ("ngrams", c_int32),
+    ]

@@ -30,9 +30,10 @@ def word_hash(word: bytes) -> int:
     return h
 
 
-def tokens(text: str) -> list[bytes]:
+def tokens(text: str | bytes) -> list[bytes]:
     """The words the library reads from one document, the end mark included."""
-    found = [w for w in SEPARATORS.split(text.encode("utf-8", "replace")) if w]
+    data = text if isinstance(text, bytes) else text.encode("utf-8", "replace")
+    found = [w for w in SEPARATORS.split(data) if w]
     if END in found:
         found = found[: found.index(END)]
     return [*(w for w in found if not w.startswith(LABEL)), END]

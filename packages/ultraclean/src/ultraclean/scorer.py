@@ -105,7 +105,7 @@ class Scorer:
 
     def score(self, texts: Iterable[str]) -> np.ndarray:
         """P(good) of each normalised text, fp32 `[texts]`, within 1e-5 of fastText's."""
-        parts = [self._words_of(batch) for batch in _batches(texts)]
+        parts = [self._words_of(batch) for batch in batches(texts)]
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
     def _words_of(self, texts: list[str]) -> np.ndarray:
@@ -127,7 +127,7 @@ class Scorer:
             (fp32 `[texts]`, int64 `[texts]`): tokens are the tokenizer's, or words where the
             normaliser has none.
         """
-        parts = [self._raw(batch, normaliser) for batch in _batches(texts)]
+        parts = [self._raw(batch, normaliser) for batch in batches(texts)]
         if not parts:
             return np.zeros(0, np.float32), np.zeros(0, np.int64)
         return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
@@ -178,7 +178,7 @@ class Scorer:
                 self.model, [t.encode("utf-8", "replace") for t in batch], inputs,
                 np.ascontiguousarray(outputs), self._local.exact,
             )
-            for batch in _batches(texts)
+            for batch in batches(texts)
         ]  # fmt: skip
         return np.concatenate(parts) if parts else np.zeros((0, len(outputs)), np.float32)
 
@@ -196,7 +196,7 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(logits), 0.5, shares).astype(np.float32)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
     """Lists of some `BATCH` characters together."""
     batch: list[str] = []
     size = 0

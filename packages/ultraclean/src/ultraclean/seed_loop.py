@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from ultraclean._files import write_json
-from ultraclean.classifier import Classifier, train
+from ultraclean.classifier import Classifier
 from ultraclean.config import ClassifierConfig
 from ultraclean.evaluate import threshold_for_budget
+from ultraclean.training import train
 from ultraclean.verification import Recipe, Verification, verify
 
 

@@ -33,7 +33,7 @@ class CleanConfig(StageConfig):
     passage_chars: int = Field(default=2000, ge=200, description="documents are cut to this length")
     min_chars: int = Field(default=200, ge=0, description="shorter passages are dropped unread")
     max_passages: int = Field(default=0, ge=0, description="most passages of a source; 0 = all")
-    dim: int = Field(default=256, ge=1, description="fastText: width of the embedding")
+    dim: int = Field(default=256, ge=1, description="fastText: width of an embedding row")
     bucket: int = Field(default=2_000_000, ge=1, description="fastText: rows for word n-grams")
     lr: float = Field(default=0.1, gt=0, description="fastText's rate; few seeds need a larger one")
     epochs: int = Field(default=3, ge=1)
@@ -171,12 +171,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def estimate(config: CleanConfig, inputs: dict[str, Path]) -> Estimate:
-    """The model's two matrices dominate memory and disk; reading and judging dominate time."""
-    matrix = config.bucket * config.dim * 4
+    """Judging dominates time and memory; a classifier has a number for each of its rows."""
+    table = config.bucket * 4
     return Estimate(
-        seconds=20 + matrix / 1e8 + 0.6 * config.judge_passages * 2,
-        memory_bytes=2 * matrix + 1_500_000_000,
-        disk_bytes=2 * matrix + 60_000_000,
+        seconds=20 + 0.6 * config.judge_passages * 2,
+        memory_bytes=4 * table + 1_500_000_000,
+        disk_bytes=2 * table + 60_000_000,
         detail=", ".join([*config.good, *config.poor]),
     )
 
