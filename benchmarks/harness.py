@@ -133,7 +133,8 @@ def main(
         tool: name of the results' file.
         cases: may be a generator, so that what one case holds in memory is free for the next. A
             dict is a row that was measured already.
-        update: keep the file's rows of other names, with the environment they were measured in.
+        update: keep the file's rows of other names or from other processors, with the environment
+            they were measured in.
         measure: turns a case into a row.
     """
     result: dict[str, Any] = {"tool": tool, "env": environment(), "rows": []}
@@ -157,9 +158,10 @@ def main(
 
 
 def _merged(result: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any]:
-    """The result with the old rows of other names, each with the environment it comes from."""
+    """The result, and the old rows that it does not replace, each with the environment it has."""
     if old is None:
         return result
-    names = {row["name"] for row in result["rows"]}
-    kept = [{"env": old["env"], **row} for row in old["rows"] if row["name"] not in names]
+    rows = [{"env": old["env"], **row} for row in old["rows"]]
+    names, cpu = {row["name"] for row in result["rows"]}, result["env"]["cpu"]
+    kept = [row for row in rows if row["name"] not in names or row["env"]["cpu"] != cpu]
     return {**result, "rows": result["rows"] + kept}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import testbed
-from cpmcu import Engine, tensors
+from cpmcu import Engine, plan, tensors
 from cpmcu.loader import Source
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
@@ -170,15 +170,13 @@ def test_unknown_quantisation_is_named(folder):
 
 def test_memory_limit(folder):
     full = Engine.from_pretrained(folder, dtype="float32")
-    weights = full._decoder.weights.nbytes
-    small = Engine.from_pretrained(folder, dtype="float32", memory_limit=weights + 2_000_000)
-    assert 1 <= small.max_context < full.max_context == 4096
+    limit = plan.total_bytes(full.spec, torch.float32, 1000, "float32", full.backend)
+    small = Engine.from_pretrained(folder, dtype="float32", memory_limit=limit)
+    assert small.max_context == 1000 < full.max_context == 4096
     with pytest.raises(ValueError, match=r"memory_limit=1000 is too small: 1 tokens .* raise it"):
         Engine.from_pretrained(folder, memory_limit=1000)
     with pytest.raises(ValueError, match=f"lower max_context to {small.max_context}"):
-        Engine.from_pretrained(
-            folder, dtype="float32", max_context=4096, memory_limit=weights + 2_000_000
-        )
+        Engine.from_pretrained(folder, dtype="float32", max_context=4096, memory_limit=limit)
     with pytest.raises(ValueError, match=r"max_context must be in 1\.\.4096 .* got 4097"):
         Engine.from_pretrained(folder, max_context=4097)
 
