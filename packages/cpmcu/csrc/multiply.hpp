@@ -153,16 +153,17 @@ struct Product {
         for (int r = 0; r < R; ++r) finish(p + r, token, count, out + r * N * ROWS);
     }
 
-    // Products [count][16] of panel p go where they belong, with what is added to them.
-    void finish(int64_t p, int64_t token, int64_t count, const float *from) const {
+    // Products [count][16] of panel p go where they belong, with what is added to them, or `onto` what is there already.
+    void finish(int64_t p, int64_t token, int64_t count, const float *from, bool onto = false) const {
+        onto |= a.add;
         const int64_t row = p * ROWS, here = m.rows - row < ROWS ? m.rows - row : ROWS;
         const auto alpha = Panel::set(a.alpha), bias = a.bias && here == ROWS ? Panel::load(a.bias + row) : Panel::zero();
         for (int64_t t = 0; t < count; ++t, from += ROWS) {
             float *to = a.out + (token + t) * m.rows + row;
             if (here == ROWS)
-                Panel::store(to, Panel::fma(Panel::load(from), alpha, a.add ? Panel::load(to) : bias));
+                Panel::store(to, Panel::fma(Panel::load(from), alpha, onto ? Panel::load(to) : bias));
             else
-                for (int i = 0; i < here; ++i) to[i] = a.alpha * from[i] + (a.add ? to[i] : a.bias ? a.bias[row + i] : 0.f);
+                for (int i = 0; i < here; ++i) to[i] = a.alpha * from[i] + (onto ? to[i] : a.bias ? a.bias[row + i] : 0.f);
         }
     }
 
@@ -190,60 +191,71 @@ struct Product {
     }
 
 #if defined(__AMX_TILE__)
-    // Panel p, and another one if there are two, in bfloat16; `second`: how many numbers after the first the other is.
-    const uint16_t *tile_weights(int64_t p, int64_t other, int count, ptrdiff_t *second) const {
-        const uint8_t *data = static_cast<const uint8_t *>(m.data);
+    // Columns from k on of panel p, and of another one if there are two, in bfloat16; `second`: how many numbers after the
+    // first the other is.
+    const uint16_t *tile_weights(int64_t p, int64_t other, int panels, int64_t k, int64_t count, ptrdiff_t *second) const {
+        const uint8_t *data = static_cast<const uint8_t *>(m.data) + panel_bytes(m) / m.cols * k;
         if (m.kind == CPMCU_BFLOAT16) {
             *second = (other - p) * panel_bytes(m) / 2;
             return reinterpret_cast<const uint16_t *>(data + p * panel_bytes(m));
         }
         uint16_t *wide = reinterpret_cast<uint16_t *>(aligned_work());
-        *second = ROWS * m.cols;
-        for (int r = 0; r < count; ++r) {
+        *second = ROWS * count;
+        for (int r = 0; r < panels; ++r) {
             const int64_t panel = r ? other : p;
             const uint8_t *from = data + panel * panel_bytes(m);
-            const uint16_t *scales = m.scales + panel * (m.cols / m.group) * ROWS;
-            m.kind == CPMCU_INT4 ? widen_to_pairs<4>(from, scales, m.cols, m.group, wide + r * *second)
-                                 : widen_to_pairs<8>(from, scales, m.cols, m.group, wide + r * *second);
+            const uint16_t *scales = m.scales + (panel * (m.cols / m.group) + k / m.group) * ROWS;
+            m.kind == CPMCU_INT4 ? widen_to_pairs<4>(from, scales, count, m.group, wide + r * *second)
+                                 : widen_to_pairs<8>(from, scales, count, m.group, wide + r * *second);
         }
         return wide;
     }
 
-    // f(token, count, products [R][32][16]) for all tokens and panel p, and another one if R is 2.
-    template <int R, class F> void tiles(int64_t p, int64_t other, F f) const {
+    // f(token, tokens, products [R][32][16]) for all tokens, at most `count` columns from k on, and panel p, and another one
+    // if R is 2.
+    template <int R, class F> void tiles(int64_t p, int64_t other, int64_t k, int64_t count, F f) const {
+        count = m.cols - k < count ? m.cols - k : count;
         ptrdiff_t second;
-        const uint16_t *w = tile_weights(p, other, R, &second);
+        const uint16_t *w = tile_weights(p, other, R, k, count, &second);
         for (int64_t t = 0; t < tokens; t += 2 * TILE_TOKENS) {
             alignas(64) float out[2 * R * TILE_TOKENS * ROWS];
-            const uint16_t *rows = static_cast<const uint16_t *>(a.from.data) + t * m.cols;
+            const uint16_t *rows = static_cast<const uint16_t *>(a.from.data) + t * m.cols + k * TILE_TOKENS;
             const int64_t left = tokens - t;
-            left > TILE_TOKENS ? tile_products<true, R>(rows, w, second, m.cols, out) : tile_products<false, R>(rows, w, second, m.cols, out);
+            left > TILE_TOKENS ? tile_products<true, R>(rows, m.cols, w, second, count, out) : tile_products<false, R>(rows, m.cols, w, second, count, out);
             f(t, left < 2 * TILE_TOKENS ? left : 2 * TILE_TOKENS, out);
         }
     }
 
     void in_tiles(int64_t begin, int64_t end) const {
         const Tiles configured;
-        int64_t p = begin;
-        for (; p + 2 <= end; p += 2)
-            tiles<2>(p, p + 1, [&](int64_t token, int64_t count, const float *out) {
-                for (int r = 0; r < 2; ++r) finish(p + r, token, count, out + r * 2 * TILE_TOKENS * ROWS);
-            });
-        for (; p < end; ++p) tiles<1>(p, p, [&](int64_t token, int64_t count, const float *out) { finish(p, token, count, out); });
+        for (int64_t k = 0; k < m.cols; k += MOST_SUMMED) {
+            int64_t p = begin;
+            for (; p + 2 <= end; p += 2)
+                tiles<2>(p, p + 1, k, MOST_SUMMED, [&](int64_t token, int64_t count, const float *out) {
+                    for (int r = 0; r < 2; ++r) finish(p + r, token, count, out + r * 2 * TILE_TOKENS * ROWS, k > 0);
+                });
+            for (; p < end; ++p) tiles<1>(p, p, k, MOST_SUMMED, [&](int64_t token, int64_t count, const float *out) { finish(p, token, count, out, k > 0); });
+        }
     }
 
-    // Gates and what they let through side by side: panels [begin, end) of either half.
+    // Gates and what they let through side by side: panels [begin, end) of either half. Sums of the first columns wait in a.out.
     void gated_in_tiles(int64_t begin, int64_t end) const {
         const Tiles configured;
-        const int64_t cols = a.gated.cols;
-        for (int64_t p = begin; p < end; ++p)
-            tiles<2>(p, p + cols / ROWS, [&](int64_t token, int64_t count, const float *out) {
-                alignas(64) float y[ROWS];
-                for (int64_t t = 0; t < count; ++t, out += ROWS) {
-                    gated(out, out + 2 * TILE_TOKENS * ROWS, ROWS, y);
-                    place_some_in_tiles(y, cols, token + t, p * ROWS, static_cast<uint16_t *>(a.gated.data));
-                }
-            });
+        const int64_t cols = a.gated.cols, half = cols / ROWS;
+        for (int64_t k = 0; k < m.cols; k += MOST_GATED)
+            for (int64_t p = begin; p < end; ++p)
+                tiles<2>(p, p + half, k, MOST_GATED, [&](int64_t token, int64_t count, const float *out) {
+                    const float *gate = out, *up = out + 2 * TILE_TOKENS * ROWS;
+                    if (k + MOST_GATED < m.cols) return finish(p, token, count, gate, k > 0), finish(p + half, token, count, up, k > 0);
+                    alignas(64) float y[3][ROWS];
+                    for (int64_t t = 0; t < count; ++t, gate += ROWS, up += ROWS) {
+                        const float *before = a.out + (token + t) * m.rows + p * ROWS;
+                        Panel::store(y[0], k ? Panel::fma(Panel::load(gate), Panel::set(1.f), Panel::load(before)) : Panel::load(gate));
+                        Panel::store(y[1], k ? Panel::fma(Panel::load(up), Panel::set(1.f), Panel::load(before + cols)) : Panel::load(up));
+                        gated(y[0], y[1], ROWS, y[2]);
+                        place_some_in_tiles(y[2], cols, token + t, p * ROWS, static_cast<uint16_t *>(a.gated.data));
+                    }
+                });
     }
 #endif
 };

@@ -6,8 +6,6 @@
 namespace native {
 inline namespace NATIVE_LEVEL {
 
-constexpr int MOST_GROUP = 512;  // columns that share a factor
-
 // Row `token` of `tokens`, from floats [cols]. `step_tokens`: of the step, of which these may be the last alone.
 inline void place(const cpmcu_packed &to, int64_t step_tokens, int64_t tokens, int64_t token, const float *x) {
     const int64_t cols = to.cols;

@@ -15,6 +15,7 @@ namespace native {
 inline namespace NATIVE_LEVEL {
 
 constexpr int TILE_TOKENS = 16, TILE_COLUMNS = 32;
+constexpr int MOST_GROUP = 512;  // columns that share a factor
 
 // So few tokens are multiplied as one is: widening would cost more, and what several tokens say in one step, as in
 // speculation, is what each says alone.
@@ -93,15 +94,20 @@ template <int BITS> inline void widen_to_pairs(const uint8_t *from, const uint16
     }
 }
 
-// out [R][32][16] of 32 tokens (of 16, if not TWO) and R panels; `apart`: from one to the other, in numbers.
+// So many columns of all tokens stay in the second-level cache while the weights pass by. Gates take more at a time: their
+// unfinished sums are large, and would go to memory and back.
+constexpr int64_t MOST_SUMMED = 1024, MOST_GATED = 4096;
+static_assert(MOST_SUMMED % MOST_GROUP == 0 && MOST_GATED % MOST_GROUP == 0);
+
+// out [R][32][16] of `count` columns, of 32 tokens (of 16, if not TWO) and R panels; `apart`: from one to the other, in numbers.
 template <bool TWO, int R>
-inline void tile_products(const uint16_t *a, const uint16_t *w, int64_t apart, int64_t cols, float *out) {
+inline void tile_products(const uint16_t *a, int64_t cols, const uint16_t *w, int64_t apart, int64_t count, float *out) {
     tile_zero<0>();
     if constexpr (R == 2) tile_zero<1>();
     if constexpr (TWO) tile_zero<2>();
     if constexpr (TWO && R == 2) tile_zero<3>();
     const int64_t next = TILE_TOKENS * cols;  // the other tokens
-    for (int64_t k = 0; k < TILE_TOKENS * cols; k += TILE_TOKENS * TILE_COLUMNS) {
+    for (int64_t k = 0; k < TILE_TOKENS * count; k += TILE_TOKENS * TILE_COLUMNS) {
         tile_load<6>(w + k, 64);
         tile_load<4>(a + k, 64);
         tile_dot_bf16<0, 4, 6>();

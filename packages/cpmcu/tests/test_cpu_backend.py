@@ -127,6 +127,58 @@ def test_products_equal_float64(quant, tokens, pool):
         assert torch.equal(product(matrix, x[i : i + some].clone(), pool)[0], whole[i])
 
 
+@pytest.mark.parametrize("quant", ["bfloat16", "int8", "int4"])
+def test_products_of_many_columns(quant, pool):
+    """Tiles sum a thousand columns at a time."""
+    rows, cols, tokens = 35, 2336, 40
+    weight, x, bias = torch.randn(rows, cols), torch.randn(tokens, cols), torch.randn(rows)
+    exact = rounded(weight.bfloat16() if quant == "bfloat16" else weight, quant)
+    exact = (exact.bfloat16() if in_tiles(quant, tokens) else exact).double()
+    truth = activations(x, quant) @ exact.T + bias
+    got = product(pack(weight, KINDS[quant], pool), x, pool, bias=bias)
+    assert (got - truth).abs().max() < 2e-3 * truth.abs().max()
+
+
+@pytest.mark.parametrize("quant", KINDS)
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+@pytest.mark.parametrize(("cols", "ffn"), [(96, 64), (4640, 32), (96, 48)])
+def test_gates_beside_the_product_are_gates_after_it(quant, tokens, cols, ffn, pool):
+    weight, x = torch.randn(2 * ffn, cols) / cols**0.5, torch.randn(tokens, cols)
+    kind = KINDS[quant] if ffn % 32 == 0 else c.FLOAT32 if quant == "float32" else c.BFLOAT16
+    group = 32 if kind in (c.INT8, c.INT4) else 0
+    matrix, plain = pack(weight, KINDS[quant], pool), pack(weight, c.FLOAT32, pool)
+    step, ones = step_of(tokens), torch.ones(cols)
+    at, kept, results = ctypes.addressof(step), [], []
+
+    def rows_for(width, kind, group):
+        room = [torch.zeros(48 * width * 4, dtype=torch.uint8)]
+        room += [torch.zeros(48 * width), torch.zeros(48 * width).int()]
+        kept.append(room)
+        return room[0], c.Packed(*(t.data_ptr() for t in room), width, kind, group)
+
+    size = c.loaded().size("multiply_work", matrix.struct)
+    work, out = torch.empty(2 * size, dtype=torch.uint8), torch.empty(tokens, 2 * ffn)
+    _, packed = rows_for(cols, matrix.struct.kind, matrix.struct.group)
+    for beside in (True, False):
+        data, to = rows_for(ffn, kind, group)
+        gated = to if beside else c.Packed()
+        of = matrix.struct if beside else plain.struct  # float32: never in tiles
+        pool.run(c.Records([
+            ("norm", c.NormArgs(at, x.data_ptr(), ones.data_ptr(), packed, 0.0, 1.0, 0, 0)),
+            ("multiply", c.MultiplyArgs(at, matrix.struct, packed, out.data_ptr(), None,
+                                        work.data_ptr(), size, 1.0, 0, 0, 0, gated)),
+            ("swiglu", c.SwigluArgs(at, out.data_ptr(), to, of)),
+        ]))  # fmt: skip
+        results.append(data)
+    beside, after = results
+    assert after.any()
+    if in_tiles(quant, tokens) and ffn % 32 == 0:  # sums of columns in other orders
+        a, b = beside.view(torch.bfloat16).float(), after.view(torch.bfloat16).float()
+        assert (a - b).abs().max() < 2e-2 * b.abs().max()
+    else:
+        assert torch.equal(beside, after)
+
+
 def test_integer_sums_do_not_overflow(pool):
     """All codes at their ends, over many columns."""
     cols = 4096
