@@ -3,7 +3,8 @@
 Every engine is a process of its own (cpmcu_worker.py) that is asked in turn. Peers come from
 Pythons named by environment variables; without one its rows are left out:
 
-    LLAMA_CPP_PYTHON  has llama-cpp-python >= 0.3.36, built natively
+    LLAMA_CPP_PYTHON  has llama-cpp-python >= 0.3.36, built natively (on processors with AMX without
+                      GGML_AMX: 0.3.36 crashes there on SmolLM2 in Q4_0)
     OPENVINO_PYTHON   has openvino-genai
     OPTIMUM_CLI       optimum-cli with optimum-intel[openvino]: makes OpenVINO's models, once
 
