@@ -70,6 +70,29 @@ def refused_products(device: str) -> None:
             multiply(x.to(device), weights)
 
 
+def refused_strides(device: str) -> None:
+    """The other kernels read memory as it lies, and say what they need."""
+    from cpmcu.triton_decode import decode
+    from cpmcu.triton_rotate import rotate
+    from cpmcu.triton_rows import add_norm, gated
+
+    x = torch.ones(4, 64, device=device)
+    apart, at = x[:, ::2], torch.zeros(1, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match="gate_up must be contiguous"):
+        gated(apart)
+    with pytest.raises(ValueError, match="y must be contiguous"):
+        add_norm(apart.contiguous(), apart, x[0, :32], alpha=1.0, eps=1e-6)
+    keys = torch.ones(1, 8, 32, device=device)
+    with pytest.raises(ValueError, match="q and each head of k and v must be contiguous"):
+        decode(apart, keys, keys, at)
+    arena, tables = (
+        torch.ones(2, 1, 8, 16, device=device),
+        (torch.ones(8, 1, 16, device=device),) * 2,
+    )
+    with pytest.raises(ValueError, match="qkv and arena must be contiguous and of one dtype"):
+        rotate(x, (None, None), tables, at, arena.bfloat16(), 2, 1e-6)
+
+
 # --- attention of one token
 
 

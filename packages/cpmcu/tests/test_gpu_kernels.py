@@ -29,6 +29,7 @@ def test_products(on_gpu, bits, group, O, I, dtype):
 
 def test_products_of_what_does_not_fit_are_refused(on_gpu):
     on_gpu(gpu_checks.refused_products)
+    on_gpu(gpu_checks.refused_strides)
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,7 @@ def decoder(
     if backend == "reference":
         return reference.Decoder(spec, weights)
     if backend == "gpu":
-        device, reason = gpu_device.find()
-        assert device is not None, reason
+        device = gpu_device.required()
         laid_out = gpu_weights.pack_model(spec, weights, quant, dtype, device)
         return gpu_backend.Decoder(spec, laid_out, dtype, device)
     pool = cpu_library.Pool(threads)

@@ -39,6 +39,18 @@ def find() -> tuple[torch.device | None, str]:
     )
 
 
+def required() -> torch.device:
+    """The device.
+
+    Raises:
+        ValueError: there is none, and why.
+    """
+    device, reason = find()
+    if device is None:
+        raise ValueError(f"backend 'gpu' cannot run: {reason}")
+    return device
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Work on that GPU, which need not be the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -106,9 +106,16 @@ def decode(
 
     Returns:
         [H, D] in q's dtype.
+
+    Raises:
+        ValueError: q, or a head of k or v, is not contiguous.
     """
     (H, D), (K, S) = q.shape, k.shape[:2]
-    assert q.is_contiguous() and k.stride()[1:] == v.stride()[1:] == (D, 1), (q.shape, k.stride())
+    if not (q.is_contiguous() and k.stride()[1:] == v.stride()[1:] == (D, 1)):
+        raise ValueError(
+            f"q and each head of k and v must be contiguous, got strides {q.stride()}, "
+            f"{k.stride()} and {v.stride()}: call .contiguous()"
+        )
     count = splits(K, S if window is None else min(S, window))
     dim = max(16, triton.next_power_of_2(D))
     parts = torch.empty(count, H, D, dtype=torch.float32, device=q.device)

@@ -72,9 +72,17 @@ def rotate(
         arena: [2, K, S, D], contiguous, in the dtype of qkv.
         heads: H.
         eps: of the norms.
+
+    Raises:
+        ValueError: qkv or arena is not contiguous, or their dtypes differ.
     """
     T, (_, K, S, D) = len(qkv), arena.shape
-    assert qkv.is_contiguous() and arena.is_contiguous() and arena.dtype == qkv.dtype
+    if not (qkv.is_contiguous() and arena.is_contiguous() and arena.dtype == qkv.dtype):
+        raise ValueError(
+            "qkv and arena must be contiguous and of one dtype, got strides "
+            f"{qkv.stride()} and {arena.stride()}, {qkv.dtype} and {arena.dtype}: call "
+            ".contiguous() and .to(dtype)"
+        )
     q = torch.empty(T, heads, D, dtype=qkv.dtype, device=qkv.device)
     tokens = min(TOKENS, triton.next_power_of_2(T))
     rotate_kernel[(triton.cdiv(T, tokens), heads + 2 * K)](

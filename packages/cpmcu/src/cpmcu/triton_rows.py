@@ -46,9 +46,12 @@ def add_norm(
         weight: [W].
         alpha: factor.
         eps: added to the mean square.
+
+    Raises:
+        ValueError: x or y is not contiguous.
     """
     T, W = x.shape
-    assert x.is_contiguous() and y.is_contiguous(), (x.stride(), y.stride())
+    _check_contiguous(x=x, y=y)
     total, normed = torch.empty_like(x), torch.empty_like(x)
     N = triton.next_power_of_2(W)
     M = min(max(1, NUMBERS // N), triton.next_power_of_2(T))
@@ -72,9 +75,22 @@ def gate_kernel(gate_up, out, size, W, N: tl.constexpr):
 
 
 def gated(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up (SwiGLU, arXiv:2002.05202) of both side by side: [T, 2 W] to [T, W]."""
+    """silu(gate) * up (SwiGLU, arXiv:2002.05202) of both side by side: [T, 2 W] to [T, W].
+
+    Raises:
+        ValueError: it is not contiguous.
+    """
     T, W = gate_up.shape[0], gate_up.shape[1] // 2
-    assert gate_up.is_contiguous(), gate_up.stride()
+    _check_contiguous(gate_up=gate_up)
     out = torch.empty(T, W, dtype=gate_up.dtype, device=gate_up.device)
     gate_kernel[(triton.cdiv(T * W, PART),)](gate_up, out, T * W, W, N=PART)
     return out
+
+
+def _check_contiguous(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, got strides {tensor.stride()} for shape "
+                f"{tuple(tensor.shape)}: call .contiguous()"
+            )
