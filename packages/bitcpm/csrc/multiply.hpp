@@ -201,6 +201,65 @@ class Multiplier {
         }
     }
 
+    // Spans whose digits are unpacked and wait for all tokens to pass by.
+    struct Waiting {
+        Part part;
+        const char *digits, *scale;
+    };
+
+#if defined(__AVX512F__)
+    // N tokens from t on and rows of two sixteens from v on through all spans that wait: integer sums and floats both stay
+    // in registers, and the end of a group overlaps with the next one's products.
+    template <int N>
+    __attribute__((noinline)) void through(const Waiting *spans, int64_t count, int64_t t, int v, float *y, int32_t *partial) const {
+        I acc[2][N];
+        F total[2][N];
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) {
+                total[j][i] = fload(y + i * BLOCK + (v + j) * 16);
+                if (!spans->part.begins) acc[j][i] = load(partial + i * BLOCK + (v + j) * 16);
+            }
+        for (const Waiting *span = spans; span < spans + count; ++span) {
+            const Part &part = span->part;
+            if (part.begins)
+#pragma GCC unroll 8
+                for (int i = 0; i < N; ++i) acc[0][i] = acc[1][i] = set(-sums(t + i)[part.group]);
+            const int8_t *x = values(t) + part.first;
+            const char *d = span->digits + v * 64;
+            for (int64_t c = 0; c < part.columns; c += 4, d += 256, x += 4) {
+                const I w0 = load(d), w1 = load(d + 64);
+#pragma GCC unroll 8
+                for (int i = 0; i < N; ++i) {
+                    const I b = broadcast(x + i * at.value_stride);
+                    acc[0][i] = dot(acc[0][i], w0, b), acc[1][i] = dot(acc[1][i], w1, b);
+                }
+            }
+            if (!part.ends) continue;
+            const F weight[2] = {sixteen(span->scale, v), sixteen(span->scale, v + 1)};
+#pragma GCC unroll 8
+            for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; ++j) total[j][i] = fadd(total[j][i], fmul(to_float(acc[j][i]), times(weight[j], t + i, part.group)));
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) {
+                fstore(y + i * BLOCK + (v + j) * 16, total[j][i]);
+                if (!spans[count - 1].part.ends) store(partial + i * BLOCK + (v + j) * 16, acc[j][i]);
+            }
+    }
+
+    // Tokens from t on, N at a time; the fewer that are left are not done.
+    template <int N>
+    void pass(int64_t &t, int64_t end, int64_t base, const Waiting *spans, int64_t count, float *y, int32_t *partial) const {
+        for (; t + N <= end; t += N)
+            for (int v = 0; v < 4; v += 2) through<N>(spans, count, t, v, y + (t - base) * BLOCK, partial + (t - base) * BLOCK);
+    }
+#endif
+
     template <int N>
     __attribute__((noinline)) void exact(const char *digits, const Part &part, const char *scale, int64_t t, int v, float *y, float *partial) const {
         F acc[LANES][N];
@@ -259,12 +318,6 @@ class Multiplier {
     }
 
 #if BITCPM_TILES
-    // Spans whose digits are unpacked and wait for all tokens to pass by.
-    struct Waiting {
-        Part part;
-        const char *digits, *scale;
-    };
-
     // Tokens from t on by 32 and by 16, through `count` spans; the fewer that are left are not done.
     void tiled(int64_t &t, int64_t end, int64_t base, const Waiting *spans, int64_t count, float *y, int32_t *partial) const {
         alignas(64) int32_t finished[2 * TILE_TOKENS * BLOCK];
@@ -312,19 +365,25 @@ class Multiplier {
                 const Place place(s, block);
                 const char *p = a->weights + place.start;
                 std::memset(y, 0, size_t((stop - base) * BLOCK * 4));
-#if BITCPM_TILES
+#if defined(__AVX512F__)
                 if (a->mode != BITCPM_EXACT) {
                     Waiting spans[MOST_WAITING];
                     int64_t count = 0, used = 0;
                     each_part(s, [&](const Part &part) {
                         unpack(s.codec, p + place.codes(part), place.strip_blocks, part.columns, digits + used);
+#if BITCPM_TILES
                         fill_up(digits + used, part.columns);
+#endif
                         spans[count++] = {part, digits + used, p + place.scales(part, s)};
                         used += round_up(part.columns, TILE_COLUMNS) * BLOCK;
                         p += place.panel_blocks * part.unit;
                         if (count < MOST_WAITING && used < BLOCK * DIGIT_COLUMNS && part.column + part.columns < columns) return;
                         int64_t t = base;
+#if BITCPM_TILES
                         tiled(t, stop, base, spans, count, y, partial);
+#else
+                        pass<6>(t, stop, base, spans, count, y, partial);
+#endif
                         for (int64_t i = 0, first = t; i < count; ++i, t = first)
                             tile<WHOLE_TOKENS, false>(t, stop, base, spans[i].digits, spans[i].part, spans[i].scale, y, partial);
                         count = used = 0;
