@@ -54,7 +54,7 @@ def score(model: Any, tokenizer: Any, sample: Any, hosts: int) -> dict[str, dict
         context = apb.prefill(
             model, document, query=in_anchor, hosts=1 if arm == "full" else hosts, **options
         )
-        rows = context.logits(tail)[:, -answer.shape[1] - 1 : -1].log_softmax(-1)
+        rows = context.logits(tail)[:, -answer.shape[1] - 1 : -1].float().log_softmax(-1)
         full = rows if full is None else full
         found[arm] = {
             "nll": -rows.gather(-1, answer.unsqueeze(-1)).mean().item(),
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     import testbed
 
-    model, tokenizer = testbed.smollm2()
+    model, tokenizer = testbed.smollm2(torch.bfloat16)  # for all arms alike
     torch.set_num_threads(arguments.threads)
     done = {(r["task"], r["tokens"], r["hosts"], r["sample"]) for r in read()}
     cells = list(
