@@ -12,7 +12,7 @@ from bitcpm_models import build
 from transformers import TrainingArguments
 
 from bitcpm import TernaryConfig, TwoStageConfig
-from bitcpm.trainer import TwoStageTrainer, leave_process_group
+from bitcpm.trainer import TwoStageTrainer, leave_process_group, zero_config
 
 SCHEDULE = TwoStageConfig(qat_fraction=0.5, decay_fraction=0.2, warmup_steps=2, rewarmup_steps=2)
 
@@ -45,15 +45,16 @@ def trainer(folder: Path, steps: int = 20, **options) -> TwoStageTrainer:
     )  # fmt: skip
 
 
-def run_one_of_several(folder: Path) -> None:
+def run_one_of_several(folder: Path, **options) -> None:
     """Train with the other processes and write what this one has in the end."""
-    run = trainer(folder, steps=6, save_strategy="no")
+    run = trainer(folder, steps=6, save_strategy="no", **options)
     run.train()
     model = run.accelerator.unwrap_model(run.model)
     torch.save(
         {
             "count": run.args.world_size,
-            "state": model.state_dict(),
+            "engine": type(run.model_wrapped).__name__,
+            "state": {name: value.detach().clone() for name, value in model.state_dict().items()},
             "logs": run.state.log_history,
         },
         folder / f"rank{run.args.process_index}.pt",
@@ -67,7 +68,8 @@ def threads() -> list[str]:
 
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-    run_one_of_several(folder)
+    zero = {"deepspeed": str(zero_config())} if "--deepspeed" in sys.argv else {}
+    run_one_of_several(folder, per_device_train_batch_size=2, **zero)
     during = threads()
     leave_process_group()
     names = {"during": during, "after": threads()}
