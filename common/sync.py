@@ -34,6 +34,7 @@ COPIES = {
     "native/compress.hpp": ATTENTION,
     "native/cpu_level.hpp": [*NATIVE, "ultraclean"],
     "native/few_heads.hpp": ATTENTION,
+    "native/few_int8.hpp": ATTENTION,
     "native/formats.hpp": ATTENTION,
     "native/int8_rows.hpp": ATTENTION,
     "native/lanes.hpp": ATTENTION,

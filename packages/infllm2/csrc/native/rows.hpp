@@ -3,7 +3,7 @@
 // arXiv 1805.02867; FlashAttention, 2205.14135). Rows are lanes: heads of a group, or tokens × heads.
 #pragma once
 #include "attend_args.h"
-#include "few_heads.hpp"
+#include "few_int8.hpp"
 
 namespace native {
 inline namespace NATIVE_LEVEL {
@@ -241,6 +241,19 @@ template <class Format> struct Unit {
     // Share `split` of `splits` of the keys: the listed blocks, or all.
     void visit_all(const int32_t *blocks, int64_t width, int64_t split, int64_t splits) {
 #if defined(__AVX512BF16__)
+#if defined(__AVX512VNNI__)
+        if constexpr (Format::FEW_HEADS && std::is_same<Cached, int8_t>::value) {
+            const auto visit_few = [&](auto &few) {
+                for_tiles_of_keys(blocks, width, split, splits, [&](int64_t start, int n, int64_t next) {
+                    const auto [k, v] = cached_at(start);
+                    const ptrdiff_t ahead = next < 0 ? 0 : (next - start) * a->k.row;
+                    few.visit(k, v, a->k.row, n, reinterpret_cast<const char *>(k + ahead), reinterpret_cast<const char *>(v + ahead));
+                });
+                few.put(r.out, r.top, r.sum, L);
+            };
+            if (tokens == 1 && a->k.row == a->v.row && with_few_int8(a->shape.group, dim, [&](int g) { return query(g); }, a->scale * LOG2E, visit_few)) return;
+        }
+#endif
         if constexpr (Format::FEW_HEADS) {
             const auto visit_few = [&](auto &few) {
                 for_tiles_of_keys(blocks, width, split, splits, [&](int64_t start, int n, int64_t next) {
