@@ -33,7 +33,7 @@ _HOME = {
     "filter_corpus": "filter",
     "generate": "generation",
     "loop": "seed_loop",
-    "make_base": "proxy_model",
+    "make_base": "base_model",
     "precision_recall_f1": "evaluate",
     "threshold_for_budget": "evaluate",
     "threshold_for_percentile": "evaluate",
@@ -41,6 +41,7 @@ _HOME = {
     "train": "training",
     "verify": "verification",
     "write_page": "page",
+    "zero_config": "processes",
 }
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "train",
     "verify",
     "write_page",
+    "zero_config",
 ]
 
 

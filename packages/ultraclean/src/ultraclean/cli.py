@@ -198,3 +198,7 @@ def convert(
 def main() -> None:
     """Console script."""
     _cli.run(app)
+
+
+if __name__ == "__main__":  # torchrun and accelerate start modules
+    main()

@@ -32,6 +32,9 @@ Default = Annotated[list[Path], typer.Option(help="JSON lines of the default mix
 Candidate = Annotated[float, typer.Option(help="Share of the candidate in the mix.")]
 Tokens = Annotated[int, typer.Option(help="Tokens that each arm trains on.")]
 Seeds = Annotated[int, typer.Option(help="Runs of each arm.")]
+Micro = Annotated[
+    int, typer.Option(help="Most windows in a pass, for memory's sake.", show_default="a batch")
+]
 BaseTokens = Annotated[int, typer.Option(help="Tokens that a base made here trains on.")]
 
 
@@ -47,6 +50,7 @@ def verify(
     lr: Annotated[float, typer.Option(help="Rate at the start of the decay.")] = 3e-3,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 128,
     batch: Annotated[int, typer.Option(help="Windows in a step.")] = 16,
+    micro: Micro = 0,
     base_tokens: BaseTokens = 1_000_000,
     text_key: TextKey = "text",
     as_json: AsJson = False,
@@ -54,8 +58,10 @@ def verify(
     """Does a pool of text help a language model? Anneal one on it, with a control and error bars.
 
     A nearly trained model decays its rate on 30 % candidate and 70 % default mix; the control sees
-    the default mix alone. Goes on after a kill. A GPU is used where there is one.
+    the default mix alone. Goes on after a kill. A GPU is used where there is one; started by
+    torchrun or `accelerate launch` (-m ultraclean.cli verify …), several processes or DeepSpeed.
     """
+    from ultraclean.processes import launched
     from ultraclean.reading import stepping
     from ultraclean.verification import Recipe
     from ultraclean.verification import verify as run
@@ -63,14 +69,18 @@ def verify(
     recipe = Recipe(
         candidate=candidate, tokens=tokens, seeds=seeds, lr=lr, length=length, batch=batch
     )
+    processes = launched()
     mix = _texts(default, text_key)
-    folder = _base(base, mix, output, base_tokens, length, batch, lr)
-    with stepping("arms trained") as progress:
+    folder = _base(base, mix, output, base_tokens, length, batch, lr, micro)
+    with stepping("arms trained", processes.writes) as progress:
         pools, judges = (
             _all(pool, "--pool", text_key),
             _all(evaluation, "--evaluation", text_key),
         )
-        found = run(folder, pools, mix, judges, recipe, output, progress)
+        found = run(folder, pools, mix, judges, recipe, output, progress, micro)
+    processes.leave()
+    if not processes.writes:
+        return
     if as_json:
         print(json.dumps({"recipe": asdict(recipe), **found.to_dict()}))
         return
@@ -109,6 +119,7 @@ def loop(
 ) -> None:
     """Seeds → classifier → filtered sample → verify → better seeds, until nothing is gained."""
     from ultraclean.config import ClassifierConfig
+    from ultraclean.processes import launched
     from ultraclean.reading import counting
     from ultraclean.seed_loop import loop as run
     from ultraclean.verification import Recipe
@@ -118,9 +129,10 @@ def loop(
         normaliser=normaliser, tokenizer=tokenizer,
     )  # fmt: skip
     recipe = Recipe(candidate=candidate, tokens=tokens, seeds=seeds, lr=lr)
+    processes = launched()
     mix = _texts(default, text_key)
-    folder = _base(base, mix, output, base_tokens, recipe.length, recipe.batch, lr)
-    with counting("steps:") as progress:
+    folder = _base(base, mix, output, base_tokens, recipe.length, recipe.batch, lr, 0)
+    with counting("steps:", processes.writes) as progress:
         steps = iter(range(1, 1000))
         report = run(
             folder, _all(pool, "--pool", text_key), _texts(negatives, text_key),
@@ -128,6 +140,9 @@ def loop(
             config=config, recipe=recipe, keep=keep, most_rounds=rounds,
             progress=lambda what: progress(next(steps)),
         )  # fmt: skip
+    processes.leave()
+    if not processes.writes:
+        return
     if as_json:
         print(json.dumps(report.to_dict()))
         return
@@ -165,8 +180,14 @@ def generate(
     from ultraclean.reading import counting
 
     endpoint = Endpoint(url, model, os.environ.get(key_variable, ""), temperature, max_tokens)
-    with counting("texts done:") as progress:
-        report = run(inputs, output, task, endpoint, workers, text_key, progress)
+    try:
+        with counting("texts done:") as progress:
+            report = run(inputs, output, task, endpoint, workers, text_key, progress)
+    except ConnectionError as error:
+        raise ValueError(
+            f"{error}: start the server, or mend --url, --model or the key, and run the same "
+            "command again; the answers so far are kept"
+        ) from None
     if as_json:
         print(json.dumps(report))
         return
@@ -186,17 +207,19 @@ def _all(values: list[str], option: str, key: str) -> dict[str, list[str]]:
 
 
 def _base(
-    base: Path | None, mix: list[str], output: Path, tokens: int, length: int, batch: int, lr: float
-) -> Path:
+    base: Path | None, mix: list[str], output: Path, tokens: int, length: int, batch: int,
+    lr: float, micro: int,
+) -> Path:  # fmt: skip
     """The given model, or one made of the default mix; an equal one made before is taken."""
     if base is not None:
         return base
-    from ultraclean.proxy_model import make_base
+    from ultraclean.base_model import make_base
+    from ultraclean.processes import launched
     from ultraclean.reading import counting
 
-    folder = output / "base"
-    if not (folder / "base.json").is_file():
-        with counting("steps of the base:") as progress:
-            make_base(mix, folder, tokens=tokens, length=length, batch=batch, lr=lr,
+    folder, processes = output / "base", launched()
+    if not processes.agree((folder / "base.json").is_file):
+        with counting("steps of the base:", processes.writes) as progress:
+            make_base(mix, folder, tokens=tokens, length=length, batch=batch, lr=lr, micro=micro,
                       progress=progress)  # fmt: skip
     return folder

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ultraclean.jsonl import Block, blocks, open_text, parse, with_columns
+from ultraclean.jsonl import Block, blocks, open_text, parse, parse_plainly, with_columns
 from ultraclean.packing import pack
 
 SHOWN_BYTES = 1000  # of a line too long to repeat
@@ -64,6 +64,8 @@ class JsonLines:
             blank = not raw.strip()
             record, why = (None, "blank") if blank else parse(raw, self.text_key, self.max_bytes)
             source = None if record is None else record.get(self.source_key)
+            if isinstance(source, float | list | dict):  # the quick reader rounds long integers
+                source = (parse_plainly(raw)[0] or record).get(self.source_key)
             rows.texts.append("" if record is None else record[self.text_key])
             rows.problems.append(why)
             rows.sources.append("" if source is None else utf8(str(source)[:SHOWN_CHARS]))

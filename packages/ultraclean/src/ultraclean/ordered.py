@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Place = TypeVar("Place")
 Item = TypeVar("Item")
 First = TypeVar("First")
 Choice = TypeVar("Choice")
 Second = TypeVar("Second")
+
+
+_END: Any = object()
+
+
+def ahead(items: Iterable[Item], most: int) -> Iterator[Item]:
+    """The items, made by a thread of their own that is at most `most` of them ahead.
+
+    For files: a compressed one is unpacked while what was read before is worked on.
+    """
+    made: queue.Queue[tuple[Item, BaseException | None]] = queue.Queue(most)
+    stopped = threading.Event()
+
+    def put(item: Item, error: BaseException | None = None) -> None:
+        while not stopped.is_set():
+            try:
+                made.put((item, error), timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def make() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stopped.is_set():
+                    return
+            put(_END)
+        except BaseException as error:  # for the one who waits for the items
+            put(_END, error)
+
+    maker = threading.Thread(target=make, name="ultraclean-reader", daemon=True)
+    maker.start()
+    try:
+        while True:
+            item, error = made.get()
+            if error is not None:
+                raise error
+            if item is _END:
+                return
+            yield item
+    finally:
+        stopped.set()
+        maker.join()
 
 
 def in_order(items: Iterable[Item], work: Callable[[Item], First], workers: int) -> Iterator[First]:
@@ -22,7 +68,7 @@ def in_order(items: Iterable[Item], work: Callable[[Item], First], workers: int)
     waiting: deque[Future[First]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for item in items:
+            for item in ahead(items, workers):
                 waiting.append(pool.submit(work, item))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
@@ -63,7 +109,7 @@ def in_order_twice(
             chosen.append((place, made, choice, pool.submit(second, made, choice)))
 
         try:
-            for place, item in items:
+            for place, item in ahead(items, workers):
                 begun.append((place, pool.submit(first, item)))
                 if len(begun) > most:
                     advance()

@@ -1,9 +1,9 @@
 """The outputs of a filter under way, and the record of how far they are good.
 
 Outputs are called `*.partial` until all is done. Every second or so they are flushed to disk and
-`progress.json` records how many blocks of which input are done and how long each output then was. A
-killed run cuts the outputs back to the record and goes on, so that its outputs are byte for byte
-those of an uninterrupted run.
+`progress.json` records how many blocks of which input are done and how long each output then was;
+a thread does so, since a disk may take longer than the work. A killed run cuts the outputs back to
+the record and goes on, so that its outputs are byte for byte those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from ultraclean.parquet_format import Parquet
 
 STREAMS = ("kept", "rejected", "malformed")
-# At most this much work is lost to a kill, plus one chunk. A save takes some ten milliseconds.
-SAVE_SECONDS = 1.0
+# A kill loses what was done since the last save began: this long and what a save takes, which is
+# waited for past the second bound.
+SAVE_SECONDS, MOST_SECONDS = 1.0, 4.0
 
 Job = dict[str, Any]
 """What decides the outputs, as JSON holds it; `inputs` is a list of [path, bytes, mtime in ns]."""
@@ -127,6 +129,8 @@ class Outputs:
             self.report = FilterReport(**state["report"])
             self.file, self.block, lengths = state["file"], state["block"], state["lengths"]
         self._saved = time.monotonic()
+        self._saver = ThreadPoolExecutor(1, "ultraclean-saver")
+        self._saving: Future[None] | None = None
         if self.complete:
             return
         for name in STREAMS:
@@ -174,32 +178,44 @@ class Outputs:
     def advance(self, file: int, block: int) -> None:
         """All blocks before this one are written; save, if the last time is long enough ago."""
         self.file, self.block = file, block
-        if time.monotonic() - self._saved >= SAVE_SECONDS:
-            self._save()
+        since = time.monotonic() - self._saved
+        if since < SAVE_SECONDS:
+            return
+        if self._saving is not None and not self._saving.done() and since < MOST_SECONDS:
+            return
+        self._wait()
+        self._saving = self._saver.submit(self._save, self._state(complete=False))
+        self._saved = time.monotonic()
 
-    def _save(self, complete: bool = False) -> None:
+    def _state(self, complete: bool) -> dict[str, Any]:
         for stream in self._out.values():
             stream.flush()
+        return {
+            "job": self.job,
+            "complete": complete,
+            "file": self.file,
+            "block": self.block,
+            "lengths": {name: stream.tell() for name, stream in self._out.items()},
+            "report": self.report.to_dict(),
+        }
+
+    def _save(self, state: dict[str, Any]) -> None:
+        for stream in self._out.values():  # which may be longer by now
             os.fsync(stream.fileno())
-        write_json(
-            self.folder / "progress.json",
-            {
-                "job": self.job,
-                "complete": complete,
-                "file": self.file,
-                "block": self.block,
-                "lengths": {name: stream.tell() for name, stream in self._out.items()},
-                "report": self.report.to_dict(),
-            },
-        )
-        self._saved = time.monotonic()
+        write_json(self.folder / "progress.json", state)
+
+    def _wait(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def finish(self) -> FilterReport:
         """Give the outputs their names and write `report.json`; a kill in between is made good."""
         report = self.report.ordered()
         assert report.total == report.kept + report.rejected + report.malformed
         if not self.complete:
-            self._save(complete=True)
+            self._wait()
+            self._save(self._state(complete=True))
             self.close()
         for name in STREAMS:
             if self.partial(name).exists():  # or it was renamed before a kill
@@ -210,6 +226,7 @@ class Outputs:
 
     def close(self) -> None:
         """Close the files; what was not saved is written again by the next run."""
+        self._saver.shutdown()
         for stream in self._out.values():
             stream.close()
 

@@ -1,7 +1,7 @@
 """The small language model that judges text by being trained on it: packing, annealing, losses.
 
-Any Hugging Face folder of a causal model with its tokenizer will do as the base. `make_base` trains
-a small one from text, up to the end of the stable part of its schedule: nearly trained.
+Any Hugging Face folder of a causal model with its tokenizer will do as the base; base_model.py
+makes one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultraclean._files import atomic_path, write_json
+from ultraclean.processes import Alone, launched
 
 if TYPE_CHECKING:
     import torch
@@ -78,43 +78,73 @@ def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, most: int = 0
 
 
 def train(
-    model: PreTrainedModel, batches: Batches, rate: Callable[[int], float], steps: int
+    model: PreTrainedModel,
+    batches: Batches,
+    rate: Callable[[int], float],
+    steps: int,
+    micro: int = 0,
+    processes: Alone | None = None,
 ) -> None:
     """AdamW on `steps` batches, in place; bfloat16 on a GPU.
 
     Args:
-        model: on the device to train on.
-        batches: what to train on.
+        model: on the device to train on; the same on each process.
+        batches: what to train on: of each step's, every process takes its share.
         rate: step -> learning rate.
         steps: how many.
+        micro: most windows in a pass, for memory's sake; 0, all of a process's share.
+        processes: that train it together; those that were launched.
+
+    Raises:
+        ValueError: a batch that the processes cannot share evenly, or training that diverges.
     """
     import torch
     from torch.nn import functional
 
+    processes = processes or launched()
     device = next(model.parameters()).device
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+    optimiser: Any = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+    whole = len(batches(0))
+    rows, rest = divmod(whole, processes.count)
+    if rest:
+        raise ValueError(
+            f"batch ({whole} windows) must be a multiple of the number of processes "
+            f"({processes.count}): change one of them"
+        )
+    # Passes of equal size, so that the mean of their means is the mean.
+    passes = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= (micro or rows))
     model.train()
+    trained, optimiser = processes.prepare(model, optimiser, rows // passes, passes)
+    casts = device.type == "cuda" and processes.casts
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = rate(step)
-        window = torch.from_numpy(batches(step)).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(input_ids=window[:, :-1]).logits
-        loss = functional.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        if not math.isfinite(float(loss.detach())):
-            raise ValueError(f"training diverged at step {step}: lower the learning rate")
+        for i, part in enumerate(np.split(processes.share(batches(step)), passes)):
+            window = torch.from_numpy(part).to(device)
+            with processes.one_pass(trained):
+                with torch.autocast(device.type, torch.bfloat16, enabled=casts):
+                    logits = trained(input_ids=window[:, :-1]).logits
+                loss = functional.cross_entropy(
+                    logits.float().flatten(0, 1), window[:, 1:].flatten()
+                )
+                processes.update(trained, optimiser, loss, last=i == passes - 1)
+            if not math.isfinite(float(loss.detach())):
+                raise ValueError(f"training diverged at step {step}: lower the learning rate")
     model.eval()
+    del trained, optimiser
+    processes.release()
 
 
 def bits_per_byte(
-    model: PreTrainedModel, packed: Packed, length: int, batch: int, windows: int
+    model: PreTrainedModel,
+    packed: Packed,
+    length: int,
+    batch: int,
+    windows: int,
+    processes: Alone | None = None,
 ) -> float:
     """Loss on held-out text, in bits per byte of it; the same windows each time.
 
@@ -124,17 +154,20 @@ def bits_per_byte(
         length: tokens predicted in a window.
         batch: windows in a pass.
         windows: most windows, spread over the text.
+        processes: that measure it together; those that were launched.
     """
     import torch
     from torch.nn import functional
 
+    processes = processes or launched()
     device = next(model.parameters()).device
     whole = max(1, (len(packed.tokens) - 1) // length)
     chosen = np.unique(np.linspace(0, whole - 1, min(windows, whole)).astype(int)) * length
+    mine = processes.share(chosen)
     total = count = 0.0
     with torch.inference_mode():
-        for i in range(0, len(chosen), batch):
-            rows = [packed.window(int(s), length) for s in chosen[i : i + batch]]
+        for i in range(0, len(mine), batch):
+            rows = [packed.window(int(s), length) for s in mine[i : i + batch]]
             window = torch.from_numpy(np.stack(rows)).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = model(input_ids=window[:, :-1]).logits
@@ -142,6 +175,7 @@ def bits_per_byte(
                 logits.float().flatten(0, 1), window[:, 1:].flatten(), reduction="sum"
             ))  # fmt: skip
             count += window[:, 1:].numel()
+    total, count = processes.total(total, count)
     return total / count / math.log(2) * len(packed.tokens) / packed.bytes
 
 
@@ -152,77 +186,9 @@ def parameters(model: PreTrainedModel) -> int:
     return total if tied else total - model.get_input_embeddings().weight.numel()
 
 
-def make_base(
-    texts: Iterable[str],
-    output: str | Path,
-    *,
-    width: int = 128,
-    layers: int = 4,
-    vocab_size: int = 4096,
-    tokens: int = 1_000_000,
-    batch: int = 16,
-    length: int = 128,
-    lr: float = 3e-3,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda step: None,
-) -> Path:
-    """Train a small Llama on the default mix at a constant rate, and write it with its tokenizer.
-
-    With the defaults 1.4M weights, three minutes on two cores.
-
-    Args:
-        texts: the default mix.
-        output: folder to write, atomically.
-        width, layers, vocab_size: of the model.
-        tokens: to train on.
-        batch, length, lr, seed: of the training.
-        progress: called with the steps done.
-
-    Raises:
-        ImportError: torch or transformers is missing.
-    """
-    torch, transformers = _libraries()
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    texts = [t for t in texts if t.strip()]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    ))  # fmt: skip
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
-    packed = pack(texts, tokenizer)
-    torch.manual_seed(seed)
-    heads = max(1, width // 32)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 3,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-        tie_word_embeddings=True, max_position_embeddings=4 * length,
-        bos_token_id=0, eos_token_id=0,
-    )).to(device())  # fmt: skip
-    steps = max(1, tokens // (batch * length))
-
-    def batches(step: int) -> np.ndarray:
-        progress(step)
-        draw = np.random.default_rng([seed, step])
-        starts = draw.integers(0, len(packed.tokens), batch)
-        return np.stack([packed.window(int(s), length) for s in starts])
-
-    train(model, batches, lambda step: lr * min(1.0, (step + 1) / max(1, steps // 20)), steps)
-    with atomic_path(output) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_json(folder / "base.json", {
-            "tokens": steps * batch * length, "lr": lr, "parameters": parameters(model),
-        })  # fmt: skip
-    return Path(output)
-
-
 def device() -> torch.device:
     """A GPU where there is one."""
-    torch, _ = _libraries()
+    torch, _ = libraries()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -232,7 +198,7 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         FileNotFoundError: no such folder. ImportError: torch or transformers is missing.
     """
-    torch, transformers = _libraries()
+    torch, transformers = libraries()
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} holds no model: give a Hugging Face folder, or make one with make_base"
@@ -244,7 +210,8 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to(device()), tokenizer
 
 
-def _libraries() -> tuple[Any, Any]:
+def libraries() -> tuple[Any, Any]:
+    """torch and transformers; ImportError with the fix where they are missing."""
     try:
         import torch
         import transformers

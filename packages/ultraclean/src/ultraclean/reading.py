@@ -35,15 +35,16 @@ def texts(files: Iterable[Path], key: str, progress: Progress) -> Iterator[str]:
 
 
 @contextmanager
-def counting(what: str) -> Iterator[Progress]:
-    """A line on a terminal that counts; nothing on a pipe."""
+def counting(what: str, shown: bool = True) -> Iterator[Progress]:
+    """A line on a terminal that counts; nothing on a pipe, or where another process shows it."""
     from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn(what + " {task.completed:,.0f}"), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    hidden = not (shown and console.is_terminal)
+    with Bar(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=None)
         yield lambda done: bar.update(task, completed=done)
 
@@ -75,14 +76,15 @@ def print_scores(model: Classifier, inputs: list[Path], key: str) -> None:
 
 
 @contextmanager
-def stepping(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal with what is done of how many; nothing on a pipe."""
+def stepping(what: str, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal with what is done of how many; else as `counting`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    hidden = not (shown and console.is_terminal)
+    with Bar(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, of: bar.update(task, completed=done, total=of)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -65,8 +64,8 @@ class FilterReport:
             found = [i for i, reason in enumerate(reasons) if reason == shown]
             upward = -1 if shown else 1
             for name, sign in (("surest", upward), ("barely", -upward)):
-                # Of equals the first seen: the sort is stable.
-                best = heapq.nsmallest(EXAMPLES, found, key=lambda i: -sign * scores[i])  # noqa: B023
+                # Of equals the first seen: the sort is stable, also downward.
+                best = sorted(found, key=scores.__getitem__, reverse=sign > 0)[:EXAMPLES]
                 for i in best:
                     self._show(f"{side}, {name}", sign * scores[i], i, example, sign)
 

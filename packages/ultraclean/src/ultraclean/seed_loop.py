@@ -19,6 +19,7 @@ from ultraclean._files import write_json
 from ultraclean.classifier import Classifier
 from ultraclean.config import ClassifierConfig
 from ultraclean.evaluate import threshold_for_budget
+from ultraclean.processes import launched
 from ultraclean.training import train
 from ultraclean.verification import Recipe, Verification, verify
 
@@ -95,10 +96,12 @@ def loop(
     Raises:
         ValueError: as `verify` and `train`.
     """
-    folder = Path(output)
+    folder, processes = Path(output), launched()
     named = {name: list(texts) for name, texts in pools.items()}
     judges = {name: list(texts) for name, texts in evaluations.items()}
     mix, texts, bad = list(default), [t for t in sample if t.strip()], list(negatives)
+    if not processes.writes:
+        progress = _silent
     progress("verifying the seed pools")
     first = verify(base, named, mix, judges, recipe, folder / "seeds")
     report = LoopReport(first.to_dict(), first.accepted)
@@ -120,7 +123,7 @@ def loop(
         found = result.of("kept")
         report.rounds.append(Round(len(good), len(bad), len(kept), threshold, found.gain,
                                    found.error, found.verdict))  # fmt: skip
-        write_json(folder / "loop.json", report.to_dict())
+        _save(folder, report)
         if found.verdict != "helps" or found.gain <= highest:
             report.stopped += f"round {number + 1} gave no further gain"
             break
@@ -131,18 +134,32 @@ def loop(
         bad = bad + [texts[i] for i in order[::-1][:count]]
     else:
         report.stopped += f"{most_rounds} rounds are done"
-    write_json(folder / "loop.json", report.to_dict())
+    _save(folder, report)
     return report
+
+
+def _silent(what: str) -> None:
+    """One process's progress is enough."""
+
+
+def _save(folder: Path, report: LoopReport) -> None:
+    if launched().writes:
+        write_json(folder / "loop.json", report.to_dict())
 
 
 def _trained(good: list[str], bad: list[str], config: ClassifierConfig, path: Path) -> Classifier:
     """A classifier trained before, if its texts and settings were these, or a new one."""
-    try:
-        found = Classifier.load(path)
-        counts = found.manifest["texts"]
-        same = replace(found.config, tokenizer=config.tokenizer) == config
-        if same and counts["pos"] <= len(good) and counts["neg"] <= len(bad):
-            return found
-    except (FileNotFoundError, ValueError, KeyError):
-        pass
-    return train(good, bad, config, path)
+
+    def make() -> None:  # on one process; the others wait
+        try:
+            found = Classifier.load(path)
+            counts = found.manifest["texts"]
+            same = replace(found.config, tokenizer=config.tokenizer) == config
+            if same and counts["pos"] <= len(good) and counts["neg"] <= len(bad):
+                return
+        except (FileNotFoundError, ValueError, KeyError):
+            pass
+        train(good, bad, config, path)
+
+    launched().agree(make)
+    return Classifier.load(path)

@@ -9,6 +9,7 @@ is the mean of the paired differences with its standard error.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -21,6 +22,8 @@ import numpy as np
 
 from ultraclean import proxy_model
 from ultraclean._files import write_json
+from ultraclean.ledger import ledger_of
+from ultraclean.processes import Alone, launched
 from ultraclean.proxy_model import Packed, bits_per_byte, load, pack, parameters
 
 CONTROL = "control"
@@ -137,20 +140,26 @@ def verify(
     recipe: Recipe,
     output: str | Path,
     progress: Callable[[int, int], None] = lambda done, of: None,
+    micro: int = 0,
 ) -> Verification:
     """Anneal `base` on each pool and on the default mix alone, with several seeds; compare.
 
     Each (arm, seed) is kept in `output/cells`: after a kill the same call goes on with the next.
     `output/verification.json` holds the result.
 
+    Under torchrun or accelerate the processes train each arm together, by DDP or DeepSpeed
+    (`processes.py`): on the tokens that one process would see, so that losses are equal but for
+    rounding. All must see the same files; rank 0 alone writes.
+
     Args:
-        base: Hugging Face folder of a nearly trained causal model; see `proxy_model.make_base`.
+        base: Hugging Face folder of a nearly trained causal model; see `make_base`.
         pools: name -> texts of a candidate.
         default: texts of the default mix.
         evaluations: name -> texts that nobody trains on.
         recipe: how.
         output: folder.
-        progress: called with (arms done, of how many).
+        progress: called with (arms done, of how many), on rank 0.
+        micro: most windows that a process trains on at a time, for memory's sake; 0, all.
 
     Raises:
         ValueError: an empty pool, a pool named `control`, an evaluation named `mean`, or
@@ -161,9 +170,8 @@ def verify(
         raise ValueError(f"name at least one pool, and none {CONTROL!r}: got {list(pools)}")
     if not evaluations or MEAN in evaluations:
         raise ValueError(f"name at least one evaluation, and none {MEAN!r}: got {[*evaluations]}")
-    folder = Path(output)
+    folder, processes = Path(output), launched()
     model, tokenizer = load(base)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
     mix = pack(default, tokenizer)
     packed = {name: pack(texts, tokenizer) for name, texts in pools.items()}
     judged = {
@@ -173,34 +181,49 @@ def verify(
     arms = [CONTROL, *packed]
     losses: dict[str, dict[str, list[float]]] = {arm: {e: [] for e in judged} for arm in arms}
     done = 0
-    shared = _hash(recipe, mix, *judged.values(), *(w.cpu().numpy() for w in weights.values()))
+    weights = (w.cpu().numpy() for w in model.state_dict().values())
+    shared = _hash(recipe, mix, *judged.values(), *weights)
     for seed in range(recipe.seeds):
         for arm in arms:
             pool = packed.get(arm)
             key = _hash(shared, arm, seed, pool)
             cell = folder / "cells" / f"{key[:24]}.json"
-            if not cell.is_file():
-                model.load_state_dict(weights)
-                _anneal(model, mix, pool, recipe, seed)
-                write_json(cell, {"arm": arm, "seed": seed, "bits_per_byte": {
-                    name: bits_per_byte(model, p, recipe.length, recipe.batch, recipe.eval_windows)
+            found = processes.agree(lambda cell=cell: _measured(cell))
+            if found is None:
+                annealed = copy.deepcopy(model)
+                _anneal(annealed, mix, pool, recipe, seed, micro, processes)
+                found = {
+                    name: bits_per_byte(annealed, p, recipe.length, micro or recipe.batch,
+                                        recipe.eval_windows, processes)
                     for name, p in judged.items()
-                }})  # fmt: skip
-            found = json.loads(cell.read_text(encoding="utf-8"))["bits_per_byte"]
+                }  # fmt: skip
+                if processes.writes:
+                    write_json(cell, {"arm": arm, "seed": seed, "bits_per_byte": found})
             for name in judged:
                 losses[arm][name].append(found[name])
             done += 1
-            progress(done, len(arms) * recipe.seeds)
+            if processes.writes:
+                progress(done, len(arms) * recipe.seeds)
     result = Verification(
         [gain for arm in packed for gain in _gains(arm, losses, recipe)],
         losses,
-        _ledger(parameters(model), len(packed), judged, recipe, Path(base)),
+        ledger_of(parameters(model), len(packed), judged, recipe, Path(base)),
     )
-    write_json(folder / "verification.json", {"recipe": asdict(recipe), **result.to_dict()})
+    if processes.writes:
+        write_json(folder / "verification.json", {"recipe": asdict(recipe), **result.to_dict()})
     return result
 
 
-def _anneal(model: Any, mix: Packed, pool: Packed | None, recipe: Recipe, seed: int) -> None:
+def _measured(cell: Path) -> dict[str, float] | None:
+    if not cell.is_file():
+        return None
+    return json.loads(cell.read_text(encoding="utf-8"))["bits_per_byte"]
+
+
+def _anneal(
+    model: Any, mix: Packed, pool: Packed | None, recipe: Recipe, seed: int, micro: int,
+    processes: Alone,
+) -> None:  # fmt: skip
     """One arm: the rate falls linearly to `final_ratio` of itself."""
     taken = max(1, round(recipe.candidate * recipe.batch))
 
@@ -216,7 +239,7 @@ def _anneal(model: Any, mix: Packed, pool: Packed | None, recipe: Recipe, seed: 
     def rate(step: int) -> float:
         return recipe.lr * (1 - (1 - recipe.final_ratio) * (step + 1) / recipe.steps)
 
-    proxy_model.train(model, batches, rate, recipe.steps)
+    proxy_model.train(model, batches, rate, recipe.steps, micro, processes)
 
 
 def _gains(arm: str, losses: dict[str, dict[str, list[float]]], recipe: Recipe) -> list[Gain]:
@@ -251,36 +274,6 @@ def student_quantile(confidence: float, freedom: int) -> float:
         below = 0.5 + float(np.interp(math.atan(middle / math.sqrt(freedom)), angles, area))
         low, high = (middle, high) if below < confidence else (low, middle)
     return high
-
-
-def _ledger(
-    weights: int, pools: int, judged: Mapping[str, Packed], recipe: Recipe, base: Path
-) -> dict[str, float]:
-    """Training costs six FLOPs for a weight and token, a forward pass two (Kaplan et al. 2020)."""
-    arms = (pools + 1) * recipe.seeds
-    trained = arms * recipe.steps * recipe.batch * recipe.length
-    windows = sum(
-        min(recipe.eval_windows, max(1, len(p.tokens) // recipe.length)) for p in judged.values()
-    )
-    measured = arms * windows * recipe.length
-    ledger = {
-        "weights": weights,
-        "arms": arms,
-        "tokens_trained": trained,
-        "tokens_measured": measured,
-        "flops": 6.0 * weights * trained + 2.0 * weights * measured,
-    }
-    facts = base / "base.json"
-    if facts.is_file():
-        tokens = json.loads(facts.read_text(encoding="utf-8"))["tokens"]
-        ledger["base_tokens"] = tokens
-        ledger["base_flops"] = 6.0 * weights * tokens
-        # The way it replaces: each arm from scratch, as long as the base and the decay together.
-        scratch = 6.0 * weights * arms * (tokens + recipe.steps * recipe.batch * recipe.length)
-        ledger["scratch_flops"] = scratch
-        ledger["share_of_scratch"] = ledger["flops"] / scratch
-        ledger["share_of_scratch_with_base"] = (ledger["flops"] + ledger["base_flops"]) / scratch
-    return ledger
 
 
 def _hash(*parts: Any) -> str:
