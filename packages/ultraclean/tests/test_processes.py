@@ -92,7 +92,7 @@ def test_goes_on_with_another_number_of_processes(data: Path, alone: Path, tmp_p
     kept = sorted((alone / "cells").iterdir())[::2]
     for cell in kept:
         os.link(cell, cells / cell.name)
-    done = run(command(data, tmp_path / "go"), 2)
+    done = run(command(data, tmp_path / "go", "--micro", "2"), 2)  # four passes in a step
     assert done.returncode == 0, done.stderr[-2000:]
     assert np.abs(losses(alone) - losses(tmp_path / "go")).max() < 1e-5
     for cell in kept:  # not measured again
@@ -100,7 +100,7 @@ def test_goes_on_with_another_number_of_processes(data: Path, alone: Path, tmp_p
 
 
 def test_a_base_is_made_together_and_a_batch_is_shared_evenly(data: Path, tmp_path: Path) -> None:
-    done = run(command(data, tmp_path / "made", "--micro", "4", base=False), 2)
+    done = run(command(data, tmp_path / "made", base=False), 2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "made/base/base.json").read_text())["tokens"] == 7 * 16 * LENGTH
     uneven = run(command(data, tmp_path / "uneven", "--batch", "15"), 2)

@@ -99,12 +99,15 @@ class Together(Alone):
         self.casts = not deepspeed
         gpu = torch.cuda.is_available()
         self._accelerator = Accelerator(
-            # Without cpu=True accelerate would start no group where there is no GPU.
+            # Without these two, accelerate would start no group where there is no GPU.
             cpu=not gpu and not deepspeed,
+            kwargs_handlers=[InitProcessGroupKwargs(
+                backend=None if gpu else "gloo",
+                # While one process trains a classifier or writes a model, the others wait.
+                timeout=timedelta(hours=6),
+            )],
             mixed_precision="bf16" if gpu and deepspeed else "no",
-            # While one process trains a classifier or writes a model, the others wait.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
-        )
+        )  # fmt: skip
         self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
         assert self.count == _world(), "each process would train the whole alone"
         self._plugin = self._accelerator.state.deepspeed_plugin if deepspeed else None
