@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +14,7 @@ import pytest
 
 from ultraclean.generation import Endpoint, check, generate
 
+SCRIPT = Path(sys.executable).parent / "ultraclean"
 LONG = (
     "The sun warms the ground, the ground warms the air, and the warm air rises because it is "
     "light. "
@@ -139,3 +142,22 @@ def test_checks(answer: str, task: str, reason: str) -> None:
 def test_unknown_task(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown task 'poem': rewrite, textbook, qa, forum"):
         generate([], tmp_path, "poem", Endpoint("http://x", "m"))
+
+
+def test_the_command_goes_on_once_the_server_is_there(server: Server, tmp_path: Path) -> None:
+    path = write(tmp_path / "in.jsonl", ["one", "two", "three"])
+
+    def run(url: str) -> subprocess.CompletedProcess[str]:
+        command = [SCRIPT, "generate", path, "-o", tmp_path / "out", "--task", "rewrite",
+                   "--url", url, "--model", "m", "--workers", "2"]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True)
+
+    server.refusals = {"three": [401]}
+    refused = run(server.url)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "HTTP 401" in refused.stderr and "mend --url, --model or the key" in refused.stderr
+    server.refusals = {}
+    done = run(server.url)
+    assert done.returncode == 0, done.stderr
+    assert "3 texts = 3 generated + 0 failed" in done.stdout
+    assert sorted(server.asked) == ["one", "three", "three", "two"]

@@ -12,7 +12,7 @@ from ultraclean.evaluate import threshold_for_budget
 from ultraclean.filter import format_of
 from ultraclean.heuristics import Heuristics, judge
 from ultraclean.jsonl import LONGEST
-from ultraclean.ordered import in_order
+from ultraclean.ordered import ahead, in_order
 
 
 def thresholds_for_corpus(
@@ -49,7 +49,7 @@ def thresholds_for_corpus(
     read = 0
     blocks = (block for path in files for block in form.blocks(path))
     for judged in in_order(
-        blocks, lambda block: judge(form.parse(block), classifier, rules), workers
+        ahead(blocks, workers), lambda b: judge(form.parse(b), classifier, rules), workers
     ):
         reasons = rules.reasons(judged, 0.0)
         for i, problem in enumerate(judged.rows.problems):

@@ -70,13 +70,10 @@ def verify(
         candidate=candidate, tokens=tokens, seeds=seeds, lr=lr, length=length, batch=batch
     )
     processes = launched()
+    pools, judges = _all(pool, "--pool", text_key), _all(evaluation, "--evaluation", text_key)
     mix = _texts(default, text_key)
     folder = _base(base, mix, output, base_tokens, length, batch, lr, micro)
     with stepping("arms trained", processes.writes) as progress:
-        pools, judges = (
-            _all(pool, "--pool", text_key),
-            _all(evaluation, "--evaluation", text_key),
-        )
         found = run(folder, pools, mix, judges, recipe, output, progress, micro)
     processes.leave()
     if not processes.writes:
@@ -130,15 +127,14 @@ def loop(
     )  # fmt: skip
     recipe = Recipe(candidate=candidate, tokens=tokens, seeds=seeds, lr=lr)
     processes = launched()
-    mix = _texts(default, text_key)
+    pools, judges = _all(pool, "--pool", text_key), _all(evaluation, "--evaluation", text_key)
+    bad, crawl, mix = (_texts(files, text_key) for files in (negatives, sample, default))
     folder = _base(base, mix, output, base_tokens, recipe.length, recipe.batch, lr, 0)
     with counting("steps:", processes.writes) as progress:
         steps = iter(range(1, 1000))
         report = run(
-            folder, _all(pool, "--pool", text_key), _texts(negatives, text_key),
-            _texts(sample, text_key), mix, _all(evaluation, "--evaluation", text_key), output,
-            config=config, recipe=recipe, keep=keep, most_rounds=rounds,
-            progress=lambda what: progress(next(steps)),
+            folder, pools, bad, crawl, mix, judges, output, config=config, recipe=recipe,
+            keep=keep, most_rounds=rounds, progress=lambda what: progress(next(steps)),
         )  # fmt: skip
     processes.leave()
     if not processes.writes:

@@ -13,7 +13,7 @@ from ultraclean._files import atomic_path, write_json
 from ultraclean.filter import format_of
 from ultraclean.jsonl import LONGEST
 from ultraclean.minhash import MinHasher, clusters
-from ultraclean.ordered import in_order
+from ultraclean.ordered import ahead, in_order
 from ultraclean.outputs import STREAMS
 
 
@@ -74,7 +74,7 @@ def deduplicate(
 
     where: list[tuple[Path, int]] = []
     parts: list[np.ndarray] = [np.zeros((0, bands), np.uint64)]
-    for path, numbers, hashes in in_order(placed, signed, workers):
+    for path, numbers, hashes in in_order(ahead(placed, workers), signed, workers):
         where += [(path, number) for number in numbers]
         parts.append(hashes)
         progress(len(where))

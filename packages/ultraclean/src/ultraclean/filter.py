@@ -18,7 +18,7 @@ from ultraclean.heuristics import Heuristics, Judged, judge
 from ultraclean.jsonl import LONGEST
 from ultraclean.jsonl_format import JsonLines, Rows, utf8
 from ultraclean.minhash import Decontaminator
-from ultraclean.ordered import in_order_twice
+from ultraclean.ordered import ahead, in_order_twice
 from ultraclean.outputs import Outputs, clear, finished, only_run
 from ultraclean.packing import PACKINGS
 from ultraclean.parquet_format import Parquet
@@ -134,7 +134,7 @@ class _Run:
 
     def __call__(self, workers: int) -> None:
         for place, (path, judged), reasons, packed in in_order_twice(
-            self._blocks(), self._judge, self._decide, self._render, workers
+            ahead(self._blocks(), workers), self._judge, self._decide, self._render, workers
         ):
             index, number = place
             for name, data in packed.items():

@@ -19,12 +19,16 @@ Second = TypeVar("Second")
 _END: Any = object()
 
 
-def ahead(items: Iterable[Item], most: int) -> Iterator[Item]:
-    """The items, made by a thread of their own that is at most `most` of them ahead.
+def ahead(items: Iterable[Item], workers: int) -> Iterator[Item]:
+    """The items, made by a thread of their own that is at most `workers` of them ahead.
 
-    For files: a compressed one is unpacked while what was read before is worked on.
+    For files: a compressed one is unpacked while what was read before is worked on. With one
+    worker, made in this thread.
     """
-    made: queue.Queue[tuple[Item, BaseException | None]] = queue.Queue(most)
+    if workers == 1:
+        yield from items
+        return
+    made: queue.Queue[tuple[Item, BaseException | None]] = queue.Queue(workers)
     stopped = threading.Event()
 
     def put(item: Item, error: BaseException | None = None) -> None:
@@ -62,13 +66,15 @@ def ahead(items: Iterable[Item], most: int) -> Iterator[Item]:
 
 def in_order(items: Iterable[Item], work: Callable[[Item], First], workers: int) -> Iterator[First]:
     """work(item) of each item, in order; with one worker, in this thread."""
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     if workers == 1:
         yield from map(work, items)
         return
     waiting: deque[Future[First]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for item in ahead(items, workers):
+            for item in items:
                 waiting.append(pool.submit(work, item))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
@@ -109,7 +115,7 @@ def in_order_twice(
             chosen.append((place, made, choice, pool.submit(second, made, choice)))
 
         try:
-            for place, item in ahead(items, workers):
+            for place, item in items:
                 begun.append((place, pool.submit(first, item)))
                 if len(begun) > most:
                     advance()
