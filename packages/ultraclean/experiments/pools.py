@@ -189,7 +189,8 @@ def main() -> None:
         print(f"{arm:14} verified {found.of(arm).gain:+.4f}, from scratch {value:+.4f}")
     print(
         f"Kendall's tau {result['kendall']:.3f} ({result['kendall_error']}), by seed {per_seed}; "
-        f"between the seeds of training from scratch {between}; an arm costs {result['share']:.1%} of one from scratch"
+        f"between the seeds of training from scratch {between}; an arm costs "
+        f"{result['share']:.1%} of one from scratch"
     )
 
 
