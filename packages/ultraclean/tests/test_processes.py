@@ -108,6 +108,26 @@ def test_a_base_is_made_together_and_a_batch_is_shared_evenly(data: Path, tmp_pa
     assert "batch (15 windows) must be a multiple of the number of processes (2)" in uneven.stderr
 
 
+def test_a_loop_of_two_processes_is_that_of_one(data: Path, tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        words = [
+            "-m", "ultraclean.cli", "loop", "--pool", f"good={data}/good.jsonl", "--negatives",
+            f"{data}/mix.jsonl", "--sample", f"{data}/good.jsonl", "--default",
+            f"{data}/mix.jsonl", "--evaluation", f"e={data}/judge.jsonl", "--base",
+            f"{data}/base", "--tokens", "4000", "--seeds", "2", "--dim", "8", "--bucket", "5000",
+            "--min-count", "2", "--classifier-lr", "0.5", "--rounds", "1", "-o", str(out),
+        ]  # fmt: skip
+        done = run(words, processes)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("round 1: ") == 1
+        found.append(json.loads((out / "loop.json").read_text())["rounds"][0])
+    assert found[0]["kept"] == found[1]["kept"] > 0
+    assert found[0]["threshold"] == found[1]["threshold"]
+    assert found[0]["gain"] == pytest.approx(found[1]["gain"], abs=2e-5)
+
+
 def test_passes_of_a_few_windows_sum_to_the_batch(data: Path) -> None:
     import torch
 

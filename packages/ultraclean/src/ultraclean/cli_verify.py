@@ -70,6 +70,7 @@ def verify(
         candidate=candidate, tokens=tokens, seeds=seeds, lr=lr, length=length, batch=batch
     )
     processes = launched()
+    _quiet()
     pools, judges = _all(pool, "--pool", text_key), _all(evaluation, "--evaluation", text_key)
     mix = _texts(default, text_key)
     folder = _base(base, mix, output, base_tokens, length, batch, lr, micro)
@@ -127,6 +128,7 @@ def loop(
     )  # fmt: skip
     recipe = Recipe(candidate=candidate, tokens=tokens, seeds=seeds, lr=lr)
     processes = launched()
+    _quiet()
     pools, judges = _all(pool, "--pool", text_key), _all(evaluation, "--evaluation", text_key)
     bad, crawl, mix = (_texts(files, text_key) for files in (negatives, sample, default))
     folder = _base(base, mix, output, base_tokens, recipe.length, recipe.batch, lr, 0)
@@ -190,6 +192,13 @@ def generate(
     print(f"{report['total']} texts = {report['generated']} generated + {report['failed']} failed")
     for reason, count in report["reasons"].items():
         print(f"  {reason}: {count}")
+
+
+def _quiet() -> None:
+    """transformers' bars for each small file would hide ours."""
+    from ultraclean.proxy_model import libraries
+
+    libraries()[1].utils.logging.disable_progress_bar()
 
 
 def _texts(files: list[Path], key: str) -> list[str]:

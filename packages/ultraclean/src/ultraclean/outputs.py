@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from ultraclean.parquet_format import Parquet
 
 STREAMS = ("kept", "rejected", "malformed")
-# A kill loses what was done since the last save began: this long and what a save takes, which is
-# waited for past the second bound.
-SAVE_SECONDS, MOST_SECONDS = 1.0, 4.0
+# A save begins this long after the last, or when that has ended; past the second bound the work
+# waits for it. A kill loses what was done since the last save that ended began: some two seconds,
+# and on a slow disk at most twice the second bound.
+SAVE_SECONDS, MOST_SECONDS = 1.0, 2.4
 
 Job = dict[str, Any]
 """What decides the outputs, as JSON holds it; `inputs` is a list of [path, bytes, mtime in ns]."""
