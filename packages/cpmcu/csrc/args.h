@@ -1,5 +1,5 @@
 // The C interface: an operation is `int32_t name(const args *, int32_t ith, int32_t nth)`. It does share `ith` of
-// `nth`, allocates nothing, keeps no state, and returns 0 or an error: 1 (unknown kind of weights or dtype).
+// `nth`, allocates nothing, keeps no state, and returns 0 or an error: 1 (unknown kind of weights or dtype), 2 (a number that is not finite).
 //
 // A model is a list of records (operation, arguments) over memory that is laid out before the first token.
 // `cpmcu_run` goes through it on its own threads, with a barrier after each record. What changes from call to call is
@@ -137,15 +137,26 @@ typedef struct {
     native_compress_args compress;
 } cpmcu_compress_args;
 
-// Lays out rows [rows, cols] of floats (dtype 0) or bfloat16 (1) in one of the layouts above; integers by the largest
-// magnitude of a group, each value to the nearest step. Or lays out int8 codes (2) around 0 with the float16 scales
-// [rows, cols / group] they have: nothing is rounded.
+// Where weights come from: numbers, int8 codes around 0, codes of 4 bits plus 8 with column 2 j in the low and 2 j + 1 in
+// the high half of byte j, or blocks of GGUF's Q4_0 and Q8_0 (csrc/lay_out.hpp).
+enum {
+    CPMCU_OF_FLOAT32 = 0, CPMCU_OF_BFLOAT16 = 1, CPMCU_OF_INT8 = 2, CPMCU_OF_FLOAT16 = 3, CPMCU_OF_NIBBLES = 4,
+    CPMCU_OF_Q4_0 = 5, CPMCU_OF_Q8_0 = 6
+};
+
+// Lays out `rows` rows in one of the layouts above, from row `first` of the matrix on; a call that reaches the matrix's end
+// fills up the last panel. Codes that the matrix can hold as they are keep their scales, and nothing is rounded; int8 codes
+// are taken to fit. Other codes, and all with `through`, become numbers first. Integers are made of numbers by the largest
+// magnitude of a group, each value to the nearest step. A scale that is not finite is error 2.
 typedef struct {
     const void *from;
-    int64_t row;  // stride
+    int64_t row;  // bytes from one row to the next
     cpmcu_matrix to;
-    const uint16_t *scales;  // of codes
-    int32_t dtype, unused;
+    const uint16_t *scales;  // of int8 codes and nibbles, float16 [rows, cols / group]
+    int32_t source, group;   // CPMCU_OF_...; columns to a scale
+    int64_t first, rows;
+    int64_t heads;           // not 0: rows of so many heads, neighbouring pairs to be put in a head's two halves
+    int32_t through, unused; // numbers are rounded to bfloat16 first
 } cpmcu_lay_out_args;
 
 int32_t cpmcu_embed(const cpmcu_embed_args *, int32_t ith, int32_t nth);
@@ -166,6 +177,9 @@ int64_t cpmcu_multiply_work(const cpmcu_matrix *); // bytes a thread
 int64_t cpmcu_attend_work(const native_attend_args *);  // bytes a thread
 int64_t cpmcu_select_work(const native_select_args *);  // bytes a thread
 int64_t cpmcu_partial_floats(const native_shape *);
+// Where `count` texts of a GGUF file end, each a length in 8 bytes and its bytes, from `at` on in data [size]; -1: beyond the
+// data, -2: one has a zero byte. With `out` they are written there one after the other, a zero after each.
+int64_t cpmcu_join_texts(const uint8_t *data, int64_t size, int64_t at, int64_t count, uint8_t *out);
 int32_t cpmcu_level(void);
 const char *cpmcu_level_name(int32_t);
 

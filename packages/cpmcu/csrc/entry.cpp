@@ -44,6 +44,24 @@ int64_t cpmcu_partial_floats(const native_shape *s) { return s->kv_heads * MOST_
 
 void *cpmcu_pool(int32_t threads) { return Pool::make(threads); }
 void cpmcu_free_pool(void *pool) { delete static_cast<Pool *>(pool); }
+int64_t cpmcu_join_texts(const uint8_t *data, int64_t size, int64_t at, int64_t count, uint8_t *out) {
+    for (int64_t i = 0; i < count; ++i) {
+        uint64_t length;
+        if (size - at < 8) return -1;
+        std::memcpy(&length, data + at, 8);
+        at += 8;
+        if (length > uint64_t(size - at)) return -1;
+        if (std::memchr(data + at, 0, length)) return -2;
+        if (out) {
+            std::memcpy(out, data + at, length);
+            out += length;
+            *out++ = 0;
+        }
+        at += int64_t(length);
+    }
+    return at;
+}
+
 int32_t cpmcu_run(void *pool, const cpmcu_record *records, int32_t count) {
     return static_cast<Pool *>(pool)->run(records, count);
 }

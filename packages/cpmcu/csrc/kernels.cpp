@@ -1,5 +1,5 @@
 // Every operation for one instruction level: compiled once for each, with that level's flags and NATIVE_LEVEL.
-#include "pack.hpp"
+#include "lay_out.hpp"
 #include "tokens.hpp"
 
 #define JOIN(a, b) a##b

@@ -127,10 +127,6 @@ inline int32_t add(const cpmcu_add_args &a, int32_t ith, int32_t nth) {
 
 // ---- weights: the other side of the product
 
-template <class Source> inline void read_row(const Source *from, int64_t n, float *to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
-}
-
 // Row `r` of a matrix as floats.
 inline void row_of(const cpmcu_matrix &m, int64_t r, float *to) {
     const char *panel = static_cast<const char *>(m.data) + r / ROWS * panel_bytes(m);
@@ -159,79 +155,6 @@ inline int32_t embed(const cpmcu_embed_args &a, int32_t ith, int32_t nth) {
         float *x = a.x + t * cols;
         row_of(a.table, a.step->ids[t], x);
         for (int64_t i = 0; i < cols; ++i) x[i] *= a.scale;
-    }
-    return 0;
-}
-
-// Integer weights of one row, codes from 0 up, and their scales.
-inline void quantise_row(const float *x, const cpmcu_matrix &m, uint8_t *codes, uint16_t *scales) {
-    const int most_code = m.kind == CPMCU_INT8 ? 127 : 8, zero = m.kind == CPMCU_INT8 ? 128 : 8;
-    for (int64_t g = 0; g < m.cols / m.group; ++g) {
-        const float *from = x + g * m.group;
-        float most = 0.f;
-        for (int i = 0; i < m.group; ++i) most = std::fabs(from[i]) > std::fabs(most) ? from[i] : most;
-        // Four bits reach from -8 to 7: the largest magnitude gets the -8. Eight bits are symmetric.
-        const float wanted = m.kind == CPMCU_INT8 ? std::fabs(most) / most_code : -most / most_code;
-        scales[g] = float_to_half(wanted);
-        const float scale = half_to_float(scales[g]), inverse = scale != 0.f ? 1.f / scale : 0.f;
-        for (int i = 0; i < m.group; ++i) {
-            float code = std::rint(from[i] * inverse) + zero;
-            const float top = m.kind == CPMCU_INT8 ? 255.f : 15.f;
-            code = code > top ? top : (code < 0.f ? 0.f : code);
-            codes[g * m.group + i] = uint8_t(code == code ? code : zero);
-        }
-    }
-}
-
-// The same for codes around 0 that have scales.
-inline void copy_codes(const int8_t *from, const uint16_t *from_scales, const cpmcu_matrix &m, uint8_t *codes, uint16_t *scales) {
-    const int zero = m.kind == CPMCU_INT8 ? 128 : 8, mask = m.kind == CPMCU_INT8 ? 255 : 15;
-    for (int64_t k = 0; k < m.cols; ++k) codes[k] = uint8_t((from[k] + zero) & mask);
-    std::memcpy(scales, from_scales, sizeof(uint16_t) * (m.cols / m.group));
-}
-
-inline int32_t lay_out(const cpmcu_lay_out_args &a, int32_t ith, int32_t nth) {
-    const cpmcu_matrix &m = a.to;
-    if (m.kind < CPMCU_FLOAT32 || m.kind > CPMCU_INT4 || m.cols > MOST_COLUMNS) return 1;
-    const bool coded = a.dtype == 2;
-    if (coded && m.kind < CPMCU_INT8) return 1;
-    const int64_t groups = m.group ? m.cols / m.group : 0;
-    float x[MOST_COLUMNS];
-    uint8_t codes[MOST_COLUMNS];
-    uint16_t scales[MOST_COLUMNS / 8];
-    for (int64_t p = ith; p < panels_of(m); p += nth) {
-        char *panel = const_cast<char *>(static_cast<const char *>(m.data)) + p * panel_bytes(m);
-        for (int lane = 0; lane < ROWS; ++lane) {
-            const int64_t r = p * ROWS + lane;
-            const bool real = r < m.rows;
-            if (!real)
-                std::memset(x, 0, sizeof(float) * m.cols);
-            else if (!coded)
-                a.dtype ? read_row(static_cast<const bf16 *>(a.from) + r * a.row, m.cols, x) : read_row(static_cast<const float *>(a.from) + r * a.row, m.cols, x);
-            if (m.kind == CPMCU_FLOAT32) {
-                for (int64_t k = 0; k < m.cols; ++k) reinterpret_cast<float *>(panel)[k * ROWS + lane] = x[k];
-                continue;
-            }
-            if (m.kind == CPMCU_BFLOAT16) {
-                for (int64_t k = 0; k < m.cols; ++k) from_float(x[k], reinterpret_cast<bf16 *>(panel) + (k / 2 * ROWS + lane) * 2 + k % 2);
-                continue;
-            }
-            if (coded && real)
-                copy_codes(static_cast<const int8_t *>(a.from) + r * a.row, a.scales + r * groups, m, codes, scales);
-            else
-                quantise_row(x, m, codes, scales);
-            uint8_t *bytes = reinterpret_cast<uint8_t *>(panel);
-            for (int64_t k = 0; k < m.cols; ++k) {
-                if (m.kind == CPMCU_INT8) {
-                    bytes[(k / 4 * ROWS + lane) * 4 + k % 4] = codes[k];
-                } else {
-                    uint8_t &byte = bytes[(k / 8 * ROWS + lane) * 4 + k % 4];
-                    byte = k / 4 % 2 ? uint8_t(byte | codes[k] << 4) : codes[k];
-                }
-            }
-            uint16_t *to = const_cast<uint16_t *>(m.scales) + p * groups * ROWS + lane;
-            for (int64_t g = 0; g < groups; ++g) to[g * ROWS] = scales[g];
-        }
     }
     return 0;
 }

@@ -60,15 +60,15 @@ def test_exit_and_reset(smollm2):
 
 def test_interrupt_stops_the_answer_only(smollm2, monkeypatch):
     out = io.StringIO()
-    decode, calls = smollm2.decode, []
+    feed, calls = smollm2.feed, []
 
-    def interrupted(token):
-        calls.append(token)
-        if len(calls) == 4:
+    def interrupted(tokens):
+        calls.append(tokens)
+        if len(calls) == 5:  # the prompt is the first
             raise KeyboardInterrupt
-        return decode(token)
+        return feed(tokens)
 
-    monkeypatch.setattr(smollm2, "decode", interrupted)
+    monkeypatch.setattr(smollm2, "feed", interrupted)
     terminal = Terminal("Tell me a story.\n", KeyboardInterrupt(), "Hi\n", "/exit\n")
     messages = chat.run(smollm2, stdin=terminal, stdout=out, max_new_tokens=8)
     assert " [stopped]" in out.getvalue()

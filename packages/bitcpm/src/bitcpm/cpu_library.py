@@ -8,14 +8,15 @@ import os
 import threading
 from ctypes import Structure, c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from . import _native
 
+if TYPE_CHECKING:
+    import torch
+
 CODECS = {"2bit": 0, "1.6bit": 1}
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}  # by their `str`
 MODES = {"int8": 0, "int8-group": 1, "exact": 2}
 LEVELS = ("scalar", "avx2", "avx512", "avx512_vnni", "amx")
 
@@ -117,6 +118,8 @@ def _sizer(function: Any, *numbers: Any) -> Any:
 
 def aligned_bytes(size: int) -> torch.Tensor:
     """Uninitialised uint8 [size] that begins on a cache line."""
+    import torch
+
     memory = torch.empty(size + 63, dtype=torch.uint8)
     start = -memory.data_ptr() % 64
     return memory[start : start + size]

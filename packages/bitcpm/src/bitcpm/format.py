@@ -18,8 +18,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,22 +26,11 @@ from torch import Tensor
 
 from ._files import atomic_path
 from .checkpoint import DTYPES, Checkpoint
-from .config import check_group_size
-from .packing import CODECS, PackedTensor
+from .entries import FORMAT, VERSION
+from .entries import read as read_entries
+from .packing import PackedTensor
 
-VERSION = 1
-FORMAT = "bitcpm"
 QUANT_METHOD = "bitcpm"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What the metadata says of one packed matrix."""
-
-    shape: tuple[int, int]
-    dtype: str
-    group_size: int
-    codec: str
 
 
 def save_packed(
@@ -95,13 +82,7 @@ class PackedFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._checkpoint = Checkpoint(path)
         try:
-            self.entries = _read_entries(self._checkpoint)
-            stored = set(self._checkpoint.names())
-            for name, entry in self.entries.items():
-                stored -= _check_entry(self._checkpoint, name, entry)
-            if both := stored & self.entries.keys():
-                raise ValueError(f"{path}: {min(both)} is there twice, packed and not")
-            self.plain = sorted(stored)
+            self.entries, self.plain = read_entries(self._checkpoint)
         except BaseException:
             self._checkpoint.__exit__()
             raise
@@ -172,61 +153,3 @@ def load_packed(
     """
     with PackedFile(path) as file:
         return {name: file.tensor(name, dtype) for name in file.names()}
-
-
-def _read_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
-    where = Path(checkpoint.path)
-    if not is_packed(checkpoint):
-        raise ValueError(f"{where} is not a packed model: make one with `bitcpm pack`")
-    try:
-        header = json.loads(checkpoint.metadata.get(FORMAT, ""))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{where}: the bitcpm metadata is not valid JSON") from None
-    if not isinstance(header, dict) or header.get("version") != VERSION:
-        version = header.get("version") if isinstance(header, dict) else None
-        raise ValueError(
-            f"{where} is packed in format version {version!r}, this release reads {VERSION}: "
-            "use the release that wrote it"
-        )
-    tensors = header.get("tensors")
-    if not isinstance(tensors, dict) or not tensors:
-        raise ValueError(f"{where}: the bitcpm metadata lists no tensors")
-    return {name: _parse_entry(f"{where}: {name}", value) for name, value in tensors.items()}
-
-
-def _parse_entry(where: str, value: Any) -> Entry:
-    if not isinstance(value, dict) or set(value) != set(Entry.__slots__):
-        raise ValueError(f"{where}: the entry must have {', '.join(Entry.__slots__)}")
-    shape = value["shape"]
-    # A bool is an int to Python, and True is no size.
-    if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int for n in shape):
-        raise ValueError(f"{where}: shape must be two whole numbers, got {shape!r}")
-    # type() rather than `in`: a list is no key, and would raise TypeError.
-    for field, allowed in (("dtype", DTYPES), ("codec", CODECS)):
-        if not isinstance(value[field], str) or value[field] not in allowed:
-            raise ValueError(f"{where}: {field} must be one of {', '.join(allowed)}")
-    try:
-        check_group_size(value["group_size"])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    return Entry((shape[0], shape[1]), value["dtype"], value["group_size"], value["codec"])
-
-
-def _check_entry(checkpoint: Checkpoint, name: str, entry: Entry) -> set[str]:
-    """Compare an entry with the stored tensors' headers; their names."""
-    try:
-        shapes = PackedTensor.expected_shapes(entry.shape, entry.group_size, entry.codec)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {name}: {error}") from None
-    stored = set(checkpoint.names())
-    parts = (f"{name}.codes", f"{name}.scales")
-    for part, shape, dtype in zip(parts, shapes, ("U8", entry.dtype), strict=True):
-        if part not in stored:
-            raise ValueError(f"{checkpoint.path}: tensor {part} is missing")
-        found = checkpoint.dtype(part), checkpoint.shape(part)
-        if found != (dtype, shape):
-            raise ValueError(
-                f"{checkpoint.path}: {part} must be {dtype} {list(shape)} for a matrix of "
-                f"{list(entry.shape)}, got {found[0]} {list(found[1])}"
-            )
-    return set(parts)

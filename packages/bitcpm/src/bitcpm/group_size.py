@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .recover import SMALLEST_EVIDENCE
+from .arrays import fitting_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +47,8 @@ def fit_sizes(w: Tensor) -> Fit:
     # Sorted by row and column, so that neighbours in the list are neighbours in their row.
     rows, cols = (i.numpy() for i in torch.nonzero(w, as_tuple=True))
     magnitude = w.abs()[w != 0].float().numpy()
-    change = (rows[1:] == rows[:-1]) & (magnitude[1:] != magnitude[:-1])
-    # The same few borders recur in every row: one look at each pair is enough.
-    pairs = np.unique(cols[:-1][change] * np.int64(columns) + cols[1:][change])
-    p, q = pairs // columns, pairs % columns
-    sizes = range(SMALLEST_EVIDENCE, columns)
-    fits = frozenset(g for g in sizes if np.all(p // g != q // g))
-    return Fit(columns, fits, row=not len(pairs))
+    fits, row = fitting_sizes(rows, cols, magnitude, columns)
+    return Fit(columns, fits, row)
 
 
 def common_size(fits: Sequence[Fit]) -> int | None:

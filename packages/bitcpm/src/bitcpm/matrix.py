@@ -60,7 +60,7 @@ class TernaryMatrix:
         self.shape, self.group_size, self.codec = shape, group_size, codec
         self.scale_dtype = scale_dtype
         group, _, _ = groups_of(shape[1], group_size)
-        self._shape = Shape(*shape, group, CODECS[codec], DTYPES[scale_dtype])
+        self._shape = Shape(*shape, group, CODECS[codec], DTYPES[str(scale_dtype)])
         wanted = self._kernels.weight_bytes(self._shape)
         if data.dtype != torch.uint8 or data.dim() != 1 or data.numel() != wanted:
             raise ValueError(
@@ -85,7 +85,7 @@ class TernaryMatrix:
         codes, scales = packed.unpack()
         codec = codec or packed.codec
         group, _, _ = groups_of(packed.shape[1], packed.group_size)
-        shape = Shape(*packed.shape, group, CODECS[codec], DTYPES[scales.dtype])
+        shape = Shape(*packed.shape, group, CODECS[codec], DTYPES[str(scales.dtype)])
         data = large_bytes(library.weight_bytes(shape))
         scales = scales.contiguous()
         args = LayoutArgs(shape, codes.data_ptr(), scales.data_ptr(), data.data_ptr())
@@ -132,7 +132,7 @@ class TernaryMatrix:
             ValueError: `x` has another last size, dtype or device; the mode is unknown.
         """
         O, I = self.shape
-        if x.shape[-1:] != (I,) or x.dtype not in DTYPES or x.device.type != "cpu":
+        if x.shape[-1:] != (I,) or str(x.dtype) not in DTYPES or x.device.type != "cpu":
             raise ValueError(
                 f"x must be float [..., {I}] on the CPU for a {self.shape} matrix, "
                 f"got {x.dtype} {list(x.shape)} on {x.device}"
@@ -152,7 +152,7 @@ class TernaryMatrix:
             if sizes is None:
                 sizes = self._sizes[T, number] = library.sizes(self._shape, T, number)
             prepared = library.scratch(sizes[0] + threads * sizes[1])
-            dtype, row = DTYPES[x.dtype], rows.stride(0)
+            dtype, row = DTYPES[str(x.dtype)], rows.stride(0)
             library.prepare(
                 PrepareArgs(self._shape, rows.data_ptr(), T, row, dtype, number, prepared),
                 threads,

@@ -12,28 +12,17 @@ Letters: O output features, I input features.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .config import TernaryConfig, check_group_size, groups_of
+from . import arrays
+from .arrays import CODECS as CODECS
+from .arrays import bytes_per_row, codec_of
+from .config import TernaryConfig, check_group_size
 from .recover import recover
 from .reference import FLOATS, dequantise
-
-# Codes per byte, and the base of the digits.
-CODECS: dict[str, tuple[int, int]] = {"2bit": (4, 4), "1.6bit": (5, 3)}
-
-
-def bytes_per_row(in_features: int, codec: str) -> int:
-    """Bytes that hold one row of codes.
-
-    Raises:
-        ValueError: the codec is unknown.
-    """
-    per_byte, _ = _codec(codec)
-    return -(-in_features // per_byte)
 
 
 def pack_codes(codes: Tensor, codec: str = "1.6bit") -> Tensor:
@@ -42,7 +31,7 @@ def pack_codes(codes: Tensor, codec: str = "1.6bit") -> Tensor:
     Raises:
         ValueError: other codes, shape or dtype, or an unknown codec.
     """
-    per_byte, base = _codec(codec)
+    per_byte, base = codec_of(codec)
     if codes.dim() != 2 or codes.dtype != torch.int8:
         raise ValueError(f"codes must be int8 [out, in], got {codes.dtype} {list(codes.shape)}")
     if codes.numel() and (codes.min() < -1 or codes.max() > 1):
@@ -70,14 +59,7 @@ def unpack_codes(packed: Tensor, in_features: int, codec: str = "1.6bit") -> Ten
             f"packed codes of {in_features} columns must be uint8 [out, {width}] in codec {codec}, "
             f"got {packed.dtype} {list(packed.shape)}"
         )
-    table, valid = _table(codec)
-    data = packed.cpu().numpy()
-    if not valid[data].all():
-        raise ValueError(f"packed codes hold a byte that codec {codec} does not use: damaged data")
-    codes = table[data].reshape(data.shape[0], -1)
-    if codes[:, in_features:].any():
-        raise ValueError(f"packed codes use places beyond column {in_features}: damaged data")
-    return torch.from_numpy(np.ascontiguousarray(codes[:, :in_features]))
+    return torch.from_numpy(arrays.unpack(packed.cpu().numpy(), in_features, codec))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +99,7 @@ class PackedTensor:
         shape: tuple[int, int], group_size: int, codec: str
     ) -> tuple[tuple[int, int], tuple[int, int]]:
         """The shapes of `codes` and `scales` for a matrix of `shape` (O, I), both >= 1."""
-        if len(shape) != 2 or min(shape) < 1:
-            raise ValueError(f"shape must be (out, in), both >= 1, got {shape}")
-        _, full, tail = groups_of(shape[1], group_size)
-        return (shape[0], bytes_per_row(shape[1], codec)), (shape[0], full + bool(tail))
+        return arrays.expected_shapes(shape, group_size, codec)
 
     @classmethod
     def from_weights(
@@ -155,19 +134,3 @@ class PackedTensor:
     def bits_per_weight(self) -> float:
         """Bits of codes and scales for each weight: 1.725 at best for 1.6bit, g = 128, bf16."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
-
-
-def _codec(codec: str) -> tuple[int, int]:
-    if codec not in CODECS:
-        raise ValueError(f"codec must be one of {', '.join(CODECS)}; got {codec!r}")
-    return CODECS[codec]
-
-
-@cache
-def _table(codec: str) -> tuple[np.ndarray, np.ndarray]:
-    """For each byte its codes int8 [256, per_byte], and whether the codec uses it."""
-    per_byte, base = _codec(codec)
-    digits = np.arange(256)[:, None] // base ** np.arange(per_byte) % base
-    # Base 3 has no digit above 2, but five digits end at 242.
-    valid = (digits < 3).all(1) & (np.arange(256) < base**per_byte)
-    return (digits - 1).astype(np.int8), valid

@@ -1,18 +1,24 @@
 """A ternary product as operations for somebody else's threads: an engine that goes through a list.
 
 `TernaryMatrix.multiply` allocates and runs on PyTorch's threads. Here the arguments are made once,
-over memory that stays; only the number of tokens changes from call to call.
+over memory that stays; only the number of tokens changes from call to call. What is given may be
+PyTorch's tensors or NumPy's arrays: PyTorch is not imported.
 """
 
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from .cpu_library import DTYPES, MODES, MultiplyArgs, PrepareArgs
-from .matrix import Mode, TernaryMatrix
+
+if TYPE_CHECKING:
+    from .layout import LaidOut
+    from .matrix import Mode, TernaryMatrix
+
+_FLOAT32 = DTYPES["torch.float32"]
 
 
 class ProductRecords:
@@ -38,36 +44,36 @@ class ProductRecords:
 
     def __init__(
         self,
-        matrix: TernaryMatrix,
-        x: Tensor,
-        out: Tensor,
-        scratch: Tensor,
+        matrix: TernaryMatrix | LaidOut,
+        x: Any,
+        out: Any,
+        scratch: Any,
         threads: int,
         *,
-        bias: Tensor | None = None,
+        bias: Any = None,
         mode: Mode = "int8-group",
     ) -> None:
         (O, I), tokens, number = matrix.shape, len(x), MODES[mode]
         for name, tensor, shape in (("x", x, (tokens, I)), ("out", out, (tokens, O))):
-            good = tensor.dtype == torch.float32 and tensor.is_contiguous()
+            good = str(tensor.dtype).removeprefix("torch.") == "float32" and _is_contiguous(tensor)
             if not good or tuple(tensor.shape) != shape:
                 raise ValueError(
                     f"{name} must be contiguous float32 {list(shape)}, got {tensor.dtype} "
                     f"{list(tensor.shape)}"
                 )
-        wanted = scratch_bytes(matrix, tokens, threads, mode)
-        if scratch.nbytes < wanted or scratch.data_ptr() % 64:
+        wanted, at = scratch_bytes(matrix, tokens, threads, mode), _address(scratch)
+        if scratch.nbytes < wanted or at % 64:
             raise ValueError(
                 f"scratch must hold {wanted} bytes on a cache line, got {scratch.nbytes} at "
-                f"{scratch.data_ptr() % 64} past one"
+                f"{at % 64} past one"
             )
-        kernels, shape, at = matrix._kernels, matrix._shape, scratch.data_ptr()
+        kernels, shape = matrix._kernels, matrix._shape
         prepared, work = _sizes(matrix, tokens, mode)
         self._most, self._kept = tokens, (matrix, x, out, scratch, bias)
-        self._prepare = PrepareArgs(shape, x.data_ptr(), 0, I, DTYPES[x.dtype], number, at)
+        self._prepare = PrepareArgs(shape, _address(x), 0, I, _FLOAT32, number, at)
         self._multiply = MultiplyArgs(
-            shape, matrix.data.data_ptr(), at, 0, O, DTYPES[out.dtype], number, out.data_ptr(),
-            None if bias is None else bias.data_ptr(), at + prepared, work,
+            shape, _address(matrix.data), at, 0, O, _FLOAT32, number, _address(out),
+            None if bias is None else _address(bias), at + prepared, work,
         )  # fmt: skip
         self.steps: list[tuple[int, ctypes.Structure]] = [
             (kernels.prepare.address.value, self._prepare),
@@ -81,13 +87,13 @@ class ProductRecords:
         self._prepare.tokens = self._multiply.tokens = tokens
 
 
-def scratch_bytes(matrix: TernaryMatrix, tokens: int, threads: int, mode: Mode) -> int:
+def scratch_bytes(matrix: TernaryMatrix | LaidOut, tokens: int, threads: int, mode: Mode) -> int:
     """Bytes of scratch memory for products of up to `tokens` rows on up to `threads` threads."""
     prepared, work = _sizes(matrix, tokens, mode)
     return prepared + threads * work
 
 
-def _sizes(matrix: TernaryMatrix, tokens: int, mode: Mode) -> tuple[int, int]:
+def _sizes(matrix: TernaryMatrix | LaidOut, tokens: int, mode: Mode) -> tuple[int, int]:
     """Bytes of activations, and of work a thread, for any number of rows up to `tokens`: a few
     tokens go another way than many, which may take more.
     """
@@ -96,3 +102,13 @@ def _sizes(matrix: TernaryMatrix, tokens: int, mode: Mode) -> tuple[int, int]:
         for few in (*range(1, min(tokens, 16)), tokens)
     ]
     return max(prepared for prepared, _ in sizes), max(work for _, work in sizes)
+
+
+def _address(values: Any) -> int:
+    return values.ctypes.data if isinstance(values, np.ndarray) else values.data_ptr()
+
+
+def _is_contiguous(values: Any) -> bool:
+    if isinstance(values, np.ndarray):
+        return values.flags.c_contiguous
+    return values.is_contiguous()

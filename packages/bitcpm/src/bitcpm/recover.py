@@ -10,10 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arrays import SMALLEST_EVIDENCE as SMALLEST_EVIDENCE
 from .reference import check_matrix, split_groups
-
-# Fewer channels than this agree by chance, and a group of one always does.
-SMALLEST_EVIDENCE = 8
 
 
 def on_grid(w: Tensor, group_size: int) -> Tensor:

@@ -50,7 +50,7 @@ Backend = Annotated[
         "can run."
     ),
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads; default: PyTorch's choice.")]
+Threads = Annotated[int | None, typer.Option(help="Threads; default: one for each core.")]
 ContextLimit = Annotated[
     int | None, typer.Option(help="Tokens to make room for; default: the model's limit.")
 ]

@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
-import torch
+import functools
+from importlib import import_module
+from typing import Any
 
-from cpmcu import (
-    cpu_backend,
-    cpu_library,
-    cpu_ternary,
-    gpu_backend,
-    gpu_device,
-    gpu_weights,
-    plan,
-    reference,
-)
-from cpmcu.cpu_weights import pack_model
+from cpmcu import _torch, dtypes, gpu_device, plan
 from cpmcu.loader import Source
 from cpmcu.spec import ModelSpec
 from cpmcu.weights import Weights
 
-BACKENDS = {"gpu": gpu_backend, "cpu": cpu_backend, "reference": reference}
-Decoder = gpu_backend.Decoder | cpu_backend.Decoder | reference.Decoder
+BACKENDS = ("gpu", "cpu", "reference")
+Decoder = Any  # of one of their modules
 
 
-def can_run(name: str, quant: str, spec: ModelSpec, dtype: torch.dtype) -> tuple[bool, str]:
+@functools.cache
+def module(name: str) -> Any:
+    """A backend's module, imported when somebody asks for it: two of the three import PyTorch.
+
+    Raises:
+        ImportError: there is no PyTorch.
+    """
+    if name != "cpu" and not _torch.is_installed():
+        raise ImportError(f"backend {name!r}: {_torch.MISSING}")
+    return import_module({"reference": "cpmcu.reference"}.get(name, f"cpmcu.{name}_backend"))
+
+
+def can_run(name: str, quant: str, spec: ModelSpec, dtype: str) -> tuple[bool, str]:
     """Whether a backend runs a model with such weights, and why not."""
-    supported, reason = BACKENDS[name].is_supported(spec, dtype)
+    if name != "cpu" and not _torch.is_installed():
+        return False, _torch.MISSING
+    supported, reason = module(name).is_supported(spec, dtype)
     if not supported:
         return False, reason
     if name == "gpu":
-        return gpu_backend.has_weights(quant, dtype)
+        return module(name).has_weights(quant, dtype)
     if name == "cpu":
+        from cpmcu import cpu_ternary
+
         if quant == "float16":
             return False, "it has no float16 weights"
         return cpu_ternary.is_supported() if quant == "ternary" else (True, "")
-    if quant not in ("auto", str(dtype).removeprefix("torch.")):
+    if quant not in ("auto", dtypes.name_of(dtype)):
         return False, f"it has no {quant} weights"
     return True, ""
 
 
-def choose(backend: str, quant: str, spec: ModelSpec, dtype: torch.dtype) -> str:
+def choose(backend: str, quant: str, spec: ModelSpec, dtype: str) -> str:
     """The name of the backend that runs `spec`.
 
     Args:
@@ -50,9 +58,12 @@ def choose(backend: str, quant: str, spec: ModelSpec, dtype: torch.dtype) -> str
 
     Raises:
         ValueError: the one asked for cannot, or none can.
+        ImportError: the one asked for needs PyTorch, and there is none.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    if backend != "auto":
+        module(backend)
     reasons = []
     for name in BACKENDS if backend == "auto" else (backend,):
         if backend == "auto" and name == "gpu" and not gpu_device.present():
@@ -64,21 +75,21 @@ def choose(backend: str, quant: str, spec: ModelSpec, dtype: torch.dtype) -> str
     raise ValueError("; ".join(reasons))
 
 
-def resolve_dtype(
-    dtype: str | torch.dtype, backend: str, quant: str, spec: ModelSpec
-) -> torch.dtype:
-    """The compute dtype; "auto" is bfloat16 where a GPU will run `spec`, else `plan`'s choice.
+def resolve_dtype(dtype: Any, backend: str, quant: str, spec: ModelSpec) -> str:
+    """The name of the compute dtype; "auto" is bfloat16 where a GPU will run `spec`, else `plan`'s
+    choice.
 
     Raises:
         ValueError: unknown.
     """
-    if dtype != "auto" or backend not in ("auto", "gpu") or not gpu_device.present():
+    automatic = isinstance(dtype, str) and dtype == "auto"
+    if not automatic or backend not in ("auto", "gpu") or not gpu_device.present():
         return plan.resolve_dtype(dtype)
-    on_gpu = can_run("gpu", quant, spec, torch.bfloat16)[0]
-    return torch.bfloat16 if on_gpu else plan.resolve_dtype(dtype)
+    on_gpu = can_run("gpu", quant, spec, "bfloat16")[0]
+    return "bfloat16" if on_gpu else plan.resolve_dtype(dtype)
 
 
-def stored_quant(source: Source, backend: str, spec: ModelSpec, dtype: torch.dtype) -> str | None:
+def stored_quant(source: Source, backend: str, spec: ModelSpec, dtype: str) -> str | None:
     """The kind of weights that a file holds and the backend keeps as they are; None: neither."""
     name = choose(backend, "auto", spec, dtype)
     if name == "reference":
@@ -89,17 +100,22 @@ def stored_quant(source: Source, backend: str, spec: ModelSpec, dtype: torch.dty
 
 
 def decoder(
-    backend: str, quant: str, spec: ModelSpec, weights: Weights, dtype: torch.dtype, threads: int,
+    backend: str, quant: str, spec: ModelSpec, weights: Weights, dtype: str, threads: int,
     max_context: int,
 ) -> Decoder:  # fmt: skip
     """The decoder of a chosen backend; native ones lay the weights out and let them go."""
     if backend == "reference":
-        return reference.Decoder(spec, weights)
+        return module(backend).Decoder(spec, weights)
     if backend == "gpu":
-        device = gpu_device.required()
-        laid_out = gpu_weights.pack_model(spec, weights, quant, dtype, device)
-        return gpu_backend.Decoder(spec, laid_out, dtype, device)
+        from cpmcu import gpu_weights
+
+        device, kind = gpu_device.required(), getattr(_torch.torch, dtype)
+        laid_out = gpu_weights.pack_model(spec, weights, quant, kind, device)
+        return module(backend).Decoder(spec, laid_out, kind, device)
+    from cpmcu import cpu_library
+    from cpmcu.cpu_weights import pack_model
+
     pool = cpu_library.Pool(threads)
     packed = pack_model(spec, weights, quant, pool)
     cpu_library.give_back()
-    return cpu_backend.Decoder(spec, packed, dtype, pool, plan.CHUNK, max_context)
+    return module(backend).Decoder(spec, packed, dtype, pool, plan.CHUNK, max_context)

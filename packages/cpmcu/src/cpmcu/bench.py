@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-import torch
-
-from cpmcu import threads
 from cpmcu.engine import Engine
 
 
@@ -51,21 +49,19 @@ def run(
         raise ValueError(
             f"{max(lengths)} + {new_tokens} tokens are above max_context={engine.max_context}"
         )
-    generator = torch.Generator().manual_seed(0)
+    numbers = random.Random(0)
     rows = []
     done, total = 0, len(lengths) * (repeats + 1)
     for length in lengths:
         prefill, decode = [], []
         for repeat in range(repeats + 1):
-            ids = torch.randint(engine.spec.vocab, (length,), generator=generator).tolist()
+            ids = [numbers.randrange(engine.spec.vocab) for _ in range(length)]
             engine.reset()
             start = time.perf_counter()
-            logits = engine.prefill(ids)
+            logits = engine.feed(ids)
             middle = time.perf_counter()
             for _ in range(new_tokens):
-                with threads.using(1):  # as `generate` draws: others would spin in the way
-                    token = int(logits.argmax())
-                logits = engine.decode(token)
+                logits = engine.feed([int(logits.argmax())])
             end = time.perf_counter()
             if repeat:  # the first run warms up
                 prefill.append(length / (middle - start))

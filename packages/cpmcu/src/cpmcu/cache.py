@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from cpmcu import huge_pages
+from cpmcu import dtypes, huge_pages
+from cpmcu._torch import torch
 from cpmcu.int8_rows import SCALE_BYTES
 from cpmcu.spec import ModelSpec
 
-_CPU = torch.device("cpu")
 _FIRST = 256  # positions
 _FIRST_ON_GPU = 1024
 
@@ -23,12 +22,15 @@ class KVCache:
     The capacity grows by a quarter, up to `max_context`, layer by layer: growing copies one layer
     at a time, and a short chat never holds the memory of a long one. On a GPU it doubles, for
     what is recorded there is recorded again when the memory moves.
+
+    With a PyTorch `device` the arenas are tensors on it, with None NumPy's arrays (`dtypes`).
     """
 
     def __init__(
-        self, spec: ModelSpec, dtype: torch.dtype, max_context: int, device: torch.device = _CPU
+        self, spec: ModelSpec, dtype: str, max_context: int, device: torch.device | None = None
     ) -> None:
-        self._heads, self._head_dim, self._dtype = spec.kv_heads, spec.head_dim, dtype
+        self._heads, self._head_dim = spec.kv_heads, spec.head_dim
+        self._dtype = dtypes.name_of(dtype)
         self.device = device
         self.sparse, self.max_context = spec.sparse, max_context
         self._int8 = spec.int8_cache
@@ -38,20 +40,36 @@ class KVCache:
             [self._arena(self._heads, 0) for _ in range(count)] for _ in range(2)
         )
         self.length = 0
+        self.place = object()  # another one whenever the arenas have moved
 
-    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        if self.device.type != "cpu":
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        return huge_pages.empty(*shape, dtype=dtype)
+    @property
+    def dtype(self) -> str:
+        """Of what the rows hold: the engine's, or "int8"."""
+        return "int8" if self._int8 else self._dtype
 
-    def _arena(self, *shape: int) -> Tensor:
+    @property
+    def floats(self) -> str:
+        """Of the compressed keys: the engine's dtype."""
+        return self._dtype
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device is not None and self.device.type != "cpu"
+
+    def _empty(self, *shape: int, dtype: str) -> Any:
+        if self._on_gpu:
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+        array = huge_pages.empty(*shape, dtype=dtypes.STORED[dtype])
+        return array if self.device is None else dtypes.to_torch(array, dtype)
+
+    def _arena(self, *shape: int) -> Any:
         return self._empty(*shape, self._head_dim, dtype=self._dtype)
 
-    def _rows(self, capacity: int) -> Tensor:
+    def _rows(self, capacity: int) -> Any:
         if not self._int8:
             return self._arena(2, self._heads, capacity)
         width = self._head_dim + SCALE_BYTES
-        return self._empty(2, self._heads, capacity, width, dtype=torch.int8)
+        return self._empty(2, self._heads, capacity, width, dtype="int8")
 
     @property
     def nbytes(self) -> int:
@@ -68,11 +86,11 @@ class KVCache:
         capacity = self.layers[0].shape[2]
         if length <= capacity:
             return
-        if self.device.type == "cpu":
-            more = max(_FIRST, length, capacity * 5 // 4)
-        else:
+        if self._on_gpu:
             more = max(_FIRST_ON_GPU, length, capacity * 2)
-        capacity = min(self.max_context, more)
+        else:
+            more = max(_FIRST, length, capacity * 5 // 4)
+        capacity, self.place = min(self.max_context, more), object()
         for i, old in enumerate(self.layers):
             self.layers[i] = self._rows(capacity)
             self.layers[i][:, :, : self.length] = old[:, :, : self.length]
@@ -86,19 +104,19 @@ class KVCache:
                 held[i][:, :valid] = old[:, :valid]
 
 
-def cache_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
+def cache_bytes(spec: ModelSpec, dtype: str, tokens: int) -> int:
     """Bytes of keys, values and compressed keys of `tokens` tokens in all layers."""
     compressed = sum(spec.sparse.kernels(tokens)) if spec.sparse else 0
     return _bytes(spec, dtype, tokens, compressed)
 
 
-def _bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int, compressed: int) -> int:
-    plain = spec.head_dim * dtype.itemsize
+def _bytes(spec: ModelSpec, dtype: str, tokens: int, compressed: int) -> int:
+    plain = spec.head_dim * dtypes.size_of(dtype)
     row = spec.head_dim + SCALE_BYTES if spec.int8_cache else plain
     return spec.layers * spec.kv_heads * (2 * tokens * row + compressed * plain)
 
 
-def bytes_read(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> float:
+def bytes_read(spec: ModelSpec, dtype: str, tokens: int) -> float:
     """Bytes of them that decoding one more token reads."""
     if spec.sparse is None or tokens < spec.sparse.least_keys:
         return cache_bytes(spec, dtype, tokens)

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from cpmcu import reference, tokenizer
+from cpmcu._torch import torch
 from cpmcu.loader import Source
 from cpmcu.rope import RopeTable
 from cpmcu.spec import ModelSpec
 from cpmcu.weights import Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+F = torch.nn.functional
 
 if TYPE_CHECKING:
     from cpmcu.quantise import Options

@@ -175,9 +175,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure prefill and decode speed, in tokens per second."""
-    import torch
-
     from cpmcu import bench as timing
+    from cpmcu import threads as thread_count
 
     try:
         lengths = [int(part) for part in prompt_tokens.split(",")]
@@ -189,10 +188,10 @@ def bench(
         rows = timing.run(
             engine, lengths, new_tokens=new_tokens, repeats=repeats, progress=progress
         )
-    kind = str(engine.dtype).removeprefix("torch.")
+    kind = engine.arithmetic
     if as_json:
         facts = {"model": model, "dtype": kind, "quant": engine.quant, "backend": engine.backend}
-        facts |= {"threads": engine.threads or torch.get_num_threads(), "place": engine.place}
+        facts |= {"threads": engine.threads or thread_count.default(), "place": engine.place}
         print(json.dumps(facts | {"rows": [r.to_dict() for r in rows]}))
         return
     print_table(

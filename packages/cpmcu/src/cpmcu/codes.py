@@ -9,16 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from cpmcu._torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BITS = {"int4": 4, "int8": 8}
 GROUPS = (32, 64, 128)
 RANGES = {4: (-8, 7), 8: (-128, 127)}
-# Fractions of the scale that covers the largest weight: clipping it a little can cost less than
-# coarser steps for all the others.
-_FRACTIONS = torch.linspace(0.6, 1.1, 26)
+
+
+@cache
+def _fractions() -> list[float]:
+    """Of the scale that covers the largest weight: clipping it a little can cost less than coarser
+    steps for all the others.
+    """
+    return torch.linspace(0.6, 1.1, 26).tolist()
 
 
 @dataclass(slots=True)
@@ -29,16 +38,17 @@ class Codes:
         codes: int8 [O, I].
         scales: float16 [O, I / group]; may be negative.
         bits: 4 or 8.
-        dtype: what the model's floats have beside it.
+        dtype: what the model's floats have beside it; None: float32.
     """
 
     codes: Tensor
     scales: Tensor
     bits: int
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         """ValueError where the parts do not fit each other."""
+        self.dtype = self.dtype or torch.float32
         O, I = self.codes.shape
         if self.bits not in RANGES:
             raise ValueError(f"bits must be one of {tuple(RANGES)}, got {self.bits}")
@@ -64,10 +74,10 @@ class Codes:
         """ "int4" or "int8"."""
         return f"int{self.bits}"
 
-    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights, [O, I]; exact in float32."""
+    def dequantise(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weights, [O, I]; exact in float32, the default."""
         values = self.codes.float().unflatten(1, (-1, self.group)) * self.scales.float()[..., None]
-        return values.flatten(1).to(dtype)
+        return values.flatten(1).to(dtype or torch.float32)
 
     def rows(self, index: Tensor) -> Codes:
         """The same matrix with its rows in another order."""
@@ -116,7 +126,7 @@ def scales_for(
         least = torch.full_like(extreme, torch.inf)
         chosen = best.clone()
         for sign in (1, -1) if bits == 4 else (1,):
-            for fraction in _FRACTIONS.tolist():
+            for fraction in _fractions():
                 scale = (full * sign * fraction).half()
                 error = (groups - held(groups, scale, bits)).square()
                 error = (error if importance is None else error * importance).sum(-1)

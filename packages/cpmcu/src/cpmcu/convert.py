@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from cpmcu import layout, model_files
 from cpmcu._files import atomic_path
+from cpmcu._torch import torch
 from cpmcu.codes import Codes, nearest
 from cpmcu.gguf_export import Exported, export_gguf
 from cpmcu.loader import Progress, Source

@@ -10,13 +10,17 @@ from ctypes import Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from cpmcu import _native
+from cpmcu import _native, dtypes
 
+address = dtypes.address
 FLOAT32, BFLOAT16, INT8, INT4, ROWS = range(5)  # kinds of weights
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # int8: codes, for lay_out alone
+DTYPES = {"float32": 0, "bfloat16": 1}  # of keys, values and queries
+# Where lay_out takes weights from: numbers, codes, blocks of GGUF.
+SOURCES = {
+    "float32": 0, "bfloat16": 1, "int8": 2, "float16": 3, "nibbles": 4, "Q4_0": 5, "Q8_0": 6,
+}  # fmt: skip
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 OPERATIONS = (
     "embed", "norm", "pack", "swiglu", "multiply", "add", "rotate", "compress", "select",
@@ -130,7 +134,9 @@ LayOutArgs = _structure(
         ("row", c_int64),
         ("to", Matrix),
         ("scales", c_void_p),
-        *_fields(c_int32, "dtype unused"),
+        *_fields(c_int32, "kind group"),
+        *_fields(c_int64, "first rows heads"),
+        *_fields(c_int32, "through unused"),
     ],
 )
 Record = _structure("Record", _fields(c_void_p, "operation args"))
@@ -156,6 +162,8 @@ class Kernels:
         self.level = library.cpmcu_level_name(library.cpmcu_level()).decode()
         library.cpmcu_pool.restype, library.cpmcu_pool.argtypes = c_void_p, [c_int32]
         library.cpmcu_free_pool.restype, library.cpmcu_free_pool.argtypes = None, [c_void_p]
+        library.cpmcu_join_texts.restype = c_int64
+        library.cpmcu_join_texts.argtypes = [c_void_p, *[c_int64] * 3, c_void_p]
         library.cpmcu_run.restype = c_int32
         library.cpmcu_run.argtypes = [c_void_p, c_void_p, c_int32]
 
@@ -164,6 +172,28 @@ class Kernels:
         bytes a thread.
         """
         return getattr(self._library, f"cpmcu_{name}")(ctypes.byref(struct))
+
+    def texts(self, data: np.ndarray, at: int, count: int) -> tuple[bytes, int] | None:
+        """`count` texts of a GGUF file with a zero byte after each, and where they end; None where
+        they run over the end of `data`, or hold zero bytes of their own.
+        """
+        if not 0 <= count <= len(data):
+            return None
+        join, start = self._library.cpmcu_join_texts, data.ctypes.data
+        end = join(start, len(data), at, count, None)
+        if end < 0:
+            return None
+        out = ctypes.create_string_buffer(max(1, end - at - 7 * count))
+        join(start, len(data), at, count, out)
+        return out.raw[: end - at - 7 * count], end
+
+
+class OperationError(RuntimeError):
+    """What an operation answered, as `code`: see `csrc/args.h`."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"an operation failed with code {code}: please report this")
+        self.code = code
 
 
 class Pool:
@@ -187,13 +217,13 @@ class Pool:
         """Go through the records; Python's lock is free meanwhile.
 
         Raises:
-            RuntimeError: an operation answered with an error.
+            OperationError: an operation answered with an error.
         """
         if not self._pool:
             raise RuntimeError("the pool is closed")
         error = self._library.cpmcu_run(self._pool, records.address, records.count)
         if error:
-            raise RuntimeError(f"an operation failed with code {error}: please report this")
+            raise OperationError(error)
 
     def close(self) -> None:
         """End the threads."""
@@ -230,6 +260,17 @@ def kernels() -> tuple[Kernels | None, str]:
     return (None, reason) if library is None else (Kernels(library), "")
 
 
+def native_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 numbers, by the kernels or by its own account."""
+    library, _ = kernels()
+    if library is not None:
+        return library.level in ("avx512_bf16", "amx")
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+
+
 def give_back() -> None:
     """Let the C library return freed memory to the system, where it can be asked to: loading leaves
     tens of megabytes of gaps.
@@ -249,8 +290,3 @@ def loaded() -> Kernels:
     if library is None:
         raise ValueError(f"backend 'cpu' cannot run: {reason}")
     return library
-
-
-def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor's numbers begin."""
-    return None if tensor is None else tensor.data_ptr()

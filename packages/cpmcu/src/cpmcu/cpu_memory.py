@@ -4,7 +4,7 @@ nothing, and what it laid out is counted. None of that memory is touched.
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from cpmcu import cpu_library as c
 from cpmcu.cpu_backend import Decoder
@@ -15,7 +15,7 @@ from cpmcu.weights import Layer, Weights
 
 
 def activation_bytes(
-    spec: ModelSpec, dtype: torch.dtype, quant: str, threads: int, chunk: int, context: int
+    spec: ModelSpec, dtype: str, quant: str, threads: int, chunk: int, context: int
 ) -> int:
     """Bytes of intermediate values, of work space for each thread, of the angle tables and the
     logits of a token. Ternary weights count as int8 ones.
@@ -31,12 +31,12 @@ def activation_bytes(
     pool = c.Pool(threads)
     decoder = Decoder(spec, _weights_of_nothing(spec, quant), dtype, pool, chunk, context)
     pool.close()
-    tables = 2 * context * spec.head_dim * torch.float32.itemsize
-    return decoder.activation_bytes + tables + spec.vocab * torch.float32.itemsize
+    tables = 2 * context * spec.head_dim * 4
+    return decoder.activation_bytes + tables + spec.vocab * 4
 
 
 def _weights_of_nothing(spec: ModelSpec, quant: str) -> Weights:
-    nothing = torch.empty(0)
+    nothing = np.empty(0)
 
     def matrix(rows: int, cols: int, kind: str) -> PackedMatrix:
         group = GROUP if kind in ("int8", "int4") else 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
 from cpmcu import cpu_library as c
-from cpmcu import ternary
+from cpmcu import dtypes, huge_pages, stored, ternary
 
 CODEC, MODE = "1.6bit", "int8-group"
 
@@ -26,7 +26,7 @@ def is_supported() -> tuple[bool, str]:
 
 @dataclass(slots=True)
 class TernaryWeights:
-    """`[rows, cols]` ternary weights: a `bitcpm.TernaryMatrix`; `struct` says that what they are
+    """`[rows, cols]` ternary weights: a `bitcpm.layout.LaidOut`; `struct` says that what they are
     multiplied by is rows of floats.
     """
 
@@ -39,20 +39,34 @@ class TernaryWeights:
         return self.matrix.nbytes
 
 
-def pack(weight: Tensor) -> TernaryWeights | None:
-    """Lay out a matrix `[rows, cols]` in the largest groups that fit it; None: not ternary."""
-    packed = ternary.packed(weight, CODEC)
-    if packed is None:
-        return None
-    from bitcpm import TernaryMatrix
+def pack(weight: Any, pool: c.Pool) -> TernaryWeights | None:
+    """Lay out a matrix `[rows, cols]`, what `stored.of` takes: as bitcpm packed it, or in the
+    largest groups that fit it; None: not ternary.
+    """
+    given = stored.of(weight)
+    found = given.ternary() if given.ternary is not None else None
+    if found is None:
+        found = ternary.recovered(given.floats())
+        if found is None:
+            return None
+        # The numbers had the engine's dtype, and so their scales have it, exactly.
+        if given.dtype == "bfloat16":
+            scales = dtypes.to_bfloat16(found.scales)
+            found = ternary.Packed(found.codes, scales, "bfloat16", found.group)
+    from bitcpm.layout import LaidOut
 
-    struct = c.Matrix(None, None, *weight.shape, c.ROWS, 0)
-    return TernaryWeights(TernaryMatrix.from_packed(packed), struct)
+    def memory(size: int) -> np.ndarray:
+        return huge_pages.empty(size, dtype=np.uint8)
+
+    matrix = LaidOut(found.codes, found.scales, found.dtype, found.group, CODEC, memory)
+    pool.run(c.Records(matrix.steps))
+    matrix.finish()
+    return TernaryWeights(matrix, c.Matrix(None, None, *given.shape, c.ROWS, 0))
 
 
 def product(
-    weights: TernaryWeights, x: Tensor, out: Tensor, scratch: Tensor, threads: int,
-    bias: Tensor | None,
+    weights: TernaryWeights, x: np.ndarray, out: np.ndarray, scratch: np.ndarray, threads: int,
+    bias: np.ndarray | None,
 ) -> Any:  # fmt: skip
     """The product's `bitcpm.records.ProductRecords`."""
     from bitcpm.records import ProductRecords

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from cpmcu import cpu_library as c
-from cpmcu import cpu_ternary
-from cpmcu.codes import Codes
+from cpmcu import cpu_ternary, stored
 from cpmcu.cpu_ternary import TernaryWeights
 from cpmcu.huge_pages import Arena
 from cpmcu.rounding import GROUP
 from cpmcu.spec import ModelSpec
+from cpmcu.stored import Part, Stored
 from cpmcu.ternary import check_found
 from cpmcu.weights import Weights
 
@@ -31,8 +30,8 @@ class PackedMatrix:
         struct: the same for C.
     """
 
-    data: Tensor
-    scales: Tensor | None
+    data: np.ndarray
+    scales: np.ndarray | None
     struct: Any
 
     @property
@@ -41,32 +40,27 @@ class PackedMatrix:
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
-def pack(
-    weight: Tensor | Codes, kind: int, pool: c.Pool, arena: Arena | None = None
-) -> PackedMatrix:
+def pack(weight: Any, kind: int, pool: c.Pool, arena: Arena | None = None) -> PackedMatrix:
     """Lay out weights; integers are quantised, 32 columns to a scale. Codes stay as they are.
 
     Args:
-        weight: `[rows, cols]`, float32 or bfloat16, or codes.
+        weight: `[rows, cols]`, what `stored.of` takes: float32 or bfloat16, or codes.
         kind: FLOAT32, BFLOAT16, INT8 or INT4 of `cpu_library`; codes have their own.
         pool: threads that do it.
         arena: where the matrix goes; None: memory of its own.
 
     Raises:
-        ValueError: the columns do not fill the layout's units.
+        ValueError: the columns do not fill the layout's units, or a scale is not finite.
     """
-    rows, cols = weight.shape
-    given, group = None, GROUP
-    if isinstance(weight, Codes):
-        kind, group = KINDS[weight.quant], weight.group
-        source, given = weight.codes.contiguous(), weight.scales.contiguous()
-    else:
-        source = weight.contiguous()
+    given = stored.of(weight)
+    (rows, cols), group = given.shape, GROUP
+    if given.quant is not None:
+        kind, group = KINDS[given.quant], given.group
     unit = {c.FLOAT32: 1, c.BFLOAT16: 2}.get(kind, GROUP)
     if cols % unit:
         raise ValueError(
             f"{'int8 and int4' if unit == GROUP else 'bfloat16'} weights need a multiple of {unit} "
-            f"columns, got {tuple(weight.shape)}: take another quant"
+            f"columns, got {given.shape}: take another quant"
         )
     integers = kind in (c.INT8, c.INT4)
     panels = -(-rows // 16)
@@ -74,13 +68,28 @@ def pack(
     arena, scales = arena or Arena(2 << 20), None
     data = arena.empty(c.loaded().size("matrix_bytes", matrix))
     if integers:
-        scales = arena.empty(2 * panels * cols // group * 16).view(torch.int16)
-    matrix.data, matrix.scales = data.data_ptr(), c.address(scales)
-    args = c.LayOutArgs(
-        source.data_ptr(), cols, matrix, c.address(given), c.DTYPES[source.dtype], 0
-    )
-    pool.run(c.Records([("lay_out", args)]))
+        scales = arena.empty(2 * panels * cols // group * 16).view(np.uint16)
+    matrix.data, matrix.scales = c.address(data), c.address(scales)
+    done = 0
+    for part in given.parts():
+        _lay_out(part, matrix, done, given, pool)
+        done += part.shape[0]
+    assert done == rows, (done, rows)
     return PackedMatrix(data, scales, matrix)
+
+
+def _lay_out(part: Part, matrix: Any, first: int, whole: Stored, pool: c.Pool) -> None:
+    through = whole.quant is None and whole.dtype == "bfloat16" and part.source != "bfloat16"
+    args = c.LayOutArgs(
+        c.address(part.memory), part.row_bytes, matrix, c.address(part.scales),
+        c.SOURCES[part.source], part.group, first, part.shape[0], part.heads, through, 0,
+    )  # fmt: skip
+    try:
+        pool.run(c.Records([("lay_out", args)]))
+    except c.OperationError as error:
+        if error.code == 2:
+            raise ValueError(part.fault) from None
+        raise
 
 
 def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> Weights:
@@ -97,22 +106,19 @@ def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> W
 
     found, arena = 0, Arena()
 
-    def inner(x: Tensor) -> PackedMatrix | TernaryWeights:
+    def inner(x: Any) -> PackedMatrix | TernaryWeights:
         nonlocal found
         if quant != "ternary":
             return pack(x, KINDS[quant], pool, arena)
-        packed = cpu_ternary.pack(x)
+        packed = cpu_ternary.pack(x, pool)
         found += packed is not None
         return packed or pack(x, c.INT8, pool, arena)
 
-    def floats(x: Tensor) -> Tensor:
-        return x.float().contiguous()
-
     embedding = pack(weights.embedding, outer, pool, arena)
     head = embedding if spec.tie else pack(weights.head, outer, pool, arena)
-    norm = floats(weights.norm)
-    weights.embedding = weights.head = torch.empty(0)
-    layers = [layer.mapped(inner, floats) for layer in weights.layers]
+    norm = stored.vector(weights.norm)
+    weights.embedding = weights.head = None
+    layers = [layer.mapped(inner, stored.vector) for layer in weights.layers]
     if quant == "ternary":
         check_found(found)
     return Weights(embedding, layers, norm, head)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from cpmcu import backends, plan, tokenizer
+from cpmcu import backends, dtypes, plan, tokenizer
 from cpmcu import threads as thread_count
 from cpmcu.loader import Progress, Source
 from cpmcu.session import Loaded, Session
@@ -40,14 +39,15 @@ class Engine(Session):
         threads: int | None = None,
     ) -> None:
         spec = plan.resolve_spec(spec, sparse, kv)
-        dtype, threads = weights.embedding.dtype, thread_count.resolve(threads)
+        dtype = dtypes.name_of(weights.embedding.dtype)
+        threads = thread_count.resolve(threads)
         backend, max_context = (
             backends.choose(backend, quant, spec, dtype),
             plan.check_context(max_context, spec),
         )
         quant = plan.resolve_quant(quant, dtype)
         made = backends.decoder(backend, quant, spec, weights, dtype,
-                                threads or torch.get_num_threads(), max_context)  # fmt: skip
+                                threads or thread_count.default(), max_context)  # fmt: skip
         super().__init__(
             Loaded(spec=spec, tokenizer=tokenizer, dtype=dtype, quant=quant, backend=backend,
                    decoder=made, max_context=max_context, threads=threads)
@@ -58,7 +58,7 @@ class Engine(Session):
         cls,
         path: str | Path,
         *,
-        dtype: str | torch.dtype = "auto",
+        dtype: Any = "auto",
         quant: str = "auto",
         sparse: str | SparseAttention = "auto",
         kv: str = "auto",
@@ -72,8 +72,9 @@ class Engine(Session):
 
         Args:
             path: transformers folder (safetensors, or packed by bitcpm) or .gguf file.
-            dtype: of weights and arithmetic: "float32", "bfloat16", on a GPU also "float16", or
-                "auto" (bf16 on a GPU and where the processor multiplies it natively, else fp32).
+            dtype: of weights and arithmetic, PyTorch's or its name: "float32", "bfloat16", on a
+                GPU also "float16", or "auto" (bf16 on a GPU and where the processor multiplies it
+                natively, else fp32).
             quant: weights in memory: a name of `dtype`, "int8" or "int4" (32 columns to a
                 scale), "ternary" (weights that are ternary already, kept exactly; needs bitcpm);
                 with the last two embedding and head have 8 bits, and with "ternary" matrices that
@@ -85,8 +86,9 @@ class Engine(Session):
                 token.
             backend: "gpu" (PyTorch and Triton), "cpu" (C++), "reference" (PyTorch), or "auto": the
                 first that can run.
-            threads: for every call of this engine; None leaves PyTorch's number alone. More than
-                there are cores is lowered to that, with a warning.
+            threads: for every call of this engine; None takes PyTorch's number where that is
+                imported, else OMP_NUM_THREADS, else one for each core. More than there are cores is
+                lowered to that, with a warning.
             max_context: tokens the cache may hold; None takes the model's limit, or what fits in
                 `memory_limit`.
             memory_limit: bytes for weights, cache and activations together, of the GPU's memory
@@ -97,6 +99,7 @@ class Engine(Session):
             FileNotFoundError: no model, or no weights, at `path`.
             ValueError: a file is damaged or of an unknown kind, an option is not supported, or
                 the model does not fit in `memory_limit`.
+            ImportError: what is asked for needs PyTorch or bitcpm, and it is not installed.
         """
         source = Source(path)
         spec = plan.resolve_spec(source.spec, sparse, kv)
@@ -110,9 +113,9 @@ class Engine(Session):
         max_context = plan.check_context(max_context, spec)
         words = tokenizer.load(source)
         keep = stored is not None and quant == source.quant
-        weights = load(source, compute, codes=keep, progress=progress)
+        weights = load(source, compute, codes=keep, native=chosen == "cpu", progress=progress)
         engine = cls(spec, weights, words, quant=quant, sparse=spec.sparse or "off", kv=kv,
-                     backend=backend, max_context=max_context, threads=threads)  # fmt: skip
+                     backend=chosen, max_context=max_context, threads=threads)  # fmt: skip
         log.info("%s: backend %s, %s weights, %s, %s attention, %d tokens of context", path,
                  engine.backend, engine.quant, compute,
                  "sparse" if spec.sparse else "dense", max_context)  # fmt: skip

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from cpmcu import threads
 from cpmcu.results import Clock, Generation, Stats, peak_memory
-from cpmcu.sampling import Sampling, sample
+from cpmcu.sampling import Sampling, generator, sample
 from cpmcu.stopping import StopStrings
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Running:
         with prefill:
             reused = engine.reusable(request.ids)
             engine.rollback(reused)
-            logits = engine.prefill(request.ids[reused:])
+            logits = engine.feed(request.ids[reused:])
         reason = "length"
         for token in self._draw(logits):
             if self._ends(token):
@@ -101,22 +100,21 @@ class Running:
         words = self.engine.tokenizer
         return token in self.engine.spec.eos or (words is not None and token in words.eos)
 
-    def _drawn(self, logits: Tensor, generator: torch.Generator) -> int:
+    def _drawn(self, logits: np.ndarray, numbers: random.Random) -> int:
         engine, request = self.engine, self.request
         # max propagates NaN, and +inf is its own maximum
-        if not bool(logits.max().isfinite()):
+        if not np.isfinite(logits.max()):
             raise ValueError(
                 f"the logits at position {len(engine.tokens) - 1} are not finite: the "
-                f"weights are damaged, or overflow in {engine.dtype} (try dtype='float32')"
+                f"weights are damaged, or overflow in {engine.arithmetic} (try dtype='float32')"
             )
         previous = [*request.ids, *self._new] if request.how.repetition_penalty != 1 else ()
-        return sample(logits, request.how, previous, generator)
+        return sample(logits, request.how, previous, numbers)
 
-    def _draw(self, logits: Tensor) -> Iterator[int]:
+    def _draw(self, logits: np.ndarray) -> Iterator[int]:
         """New tokens, until the caller stops or the length or the context is used up."""
         engine, request = self.engine, self.request
-        generator = torch.Generator()
-        generator.seed() if request.seed is None else generator.manual_seed(request.seed)
+        numbers = generator(request.seed)
         expected = len(request.ids)
         while len(self._new) < request.max_new_tokens:
             if len(engine.tokens) != expected:
@@ -125,12 +123,9 @@ class Running:
                 )
             with self._decode:
                 if self._new:
-                    logits = engine.decode(self._new[-1])
+                    logits = engine.feed(self._new[-1:])
                     expected += 1
-                # On one thread: PyTorch's others would spin for a while after it, in the way of
-                # the engine's own.
-                with threads.using(1):
-                    self._new.append(self._drawn(logits, generator))
+                self._new.append(self._drawn(logits, numbers))
             yield self._new[-1]
             if len(engine.tokens) >= engine.max_context:
                 return

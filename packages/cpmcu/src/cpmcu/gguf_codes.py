@@ -14,8 +14,8 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from cpmcu._torch import torch
 from cpmcu.codes import Codes
 
 if TYPE_CHECKING:
@@ -61,8 +61,13 @@ def read(file: GGUFFile, name: str) -> Codes | None:
     raw = file.raw(name).reshape(info.shape[0], info.nbytes // info.shape[0])
     matrix = from_blocks(raw, bits)
     if not bool(matrix.scales.isfinite().all()):
-        raise file.error(f"tensor '{name}' has a scale that is not finite: copy the file again")
+        raise ValueError(scale_fault(file, name))
     return matrix
+
+
+def scale_fault(file: GGUFFile, name: str) -> str:
+    """What is wrong where a scale of the tensor `name` is not finite."""
+    return str(file.error(f"tensor '{name}' has a scale that is not finite: copy the file again"))
 
 
 def quant_of(file: GGUFFile) -> str | None:

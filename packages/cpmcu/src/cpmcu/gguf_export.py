@@ -8,20 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from cpmcu import gguf_codes, gguf_vocab
 from cpmcu._files import atomic_path
+from cpmcu._torch import torch
 from cpmcu.codes import nearest
 from cpmcu.loader import Progress, Source
 from cpmcu.rope import Rope
 from cpmcu.spec import ModelSpec
 from cpmcu.spec_gguf import gguf_name, interleaved_heads
 from cpmcu.tensors import Tensors, pairs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS = ("auto", "F32", "F16", "BF16", "Q8_0", "Q4_0", "TQ2_0")
 _FILE_TYPE = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2, "TQ2_0": 37}
@@ -226,7 +228,7 @@ def _factors(spec: ModelSpec) -> Iterator[tuple[str, np.ndarray]]:
     rope, half = spec.rope, spec.head_dim
     if rope.kind == "llama3":
         plain = Rope(theta=rope.theta).frequencies(half)
-        yield "rope_freqs.weight", (plain / rope.frequencies(half)).float().numpy()
+        yield "rope_freqs.weight", (plain / rope.frequencies(half)).astype(np.float32)
     if rope.kind == "longrope":
         for name in ("long", "short"):
             values = np.array(getattr(rope, f"{name}_factor"), np.float32)

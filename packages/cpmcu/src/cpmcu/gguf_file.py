@@ -13,11 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from cpmcu import cpu_library
+from cpmcu._torch import torch
+from cpmcu.ggml_types import Kind, kind_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # GGUF value type -> struct code; 8 is a string, 9 an array.
 _SCALARS = {
@@ -34,6 +39,7 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
+_PLAIN = {"F32": "<f4", "F16": "<f2"}
 # Rows are dequantised in pieces of about this many values, so that an 8B head costs no extra GB.
 _PIECE = 1 << 22
 
@@ -44,7 +50,7 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    kind: Any  # gguf.GGMLQuantizationType
+    kind: Kind
     offset: int
     nbytes: int
 
@@ -116,20 +122,26 @@ class GGUFFile:
             return self._scalar(_SCALARS[kind])
         item, count = self._scalar("I"), self._scalar("Q")
         if item == _STRING:
-            return list(self._texts(count))
+            return self._texts(count)
         if item not in _SCALARS:
             raise self.error(f"metadata '{key}' is an array of unknown type {item}")
         code = _SCALARS[item]
         raw = self._take(count * struct.calcsize(code))
         return np.frombuffer(raw, np.dtype(code).newbyteorder("<")).tolist()
 
-    def _texts(self, count: int) -> Iterator[str]:
-        for _ in range(count):
-            yield self._text()
+    def _texts(self, count: int) -> list[str]:
+        library, _ = cpu_library.kernels()
+        whole = np.frombuffer(self._data, np.uint8)
+        joined = library.texts(whole, self._at, count) if library is not None and count else None
+        if joined is None:  # or to say what is wrong
+            return [self._text() for _ in range(count)]
+        raw, self._at = joined
+        try:
+            return raw.decode("utf-8").split("\0")[:-1]
+        except UnicodeDecodeError:
+            raise self.error(f"has text that is not UTF-8 before byte {self._at}") from None
 
     def _tensor_infos(self, count: int) -> dict[str, TensorInfo]:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
         entries = []
         for _ in range(count):
             name = self._text()
@@ -148,16 +160,14 @@ class GGUFFile:
         start = -(-self._at // alignment) * alignment
         tensors: dict[str, TensorInfo] = {}
         for name, shape, raw_kind, offset in entries:
-            try:
-                kind = GGMLQuantizationType(raw_kind)
-            except ValueError:
-                raise self.error(f"tensor '{name}' has unknown type {raw_kind}") from None
-            block, size = GGML_QUANT_SIZES[kind]
+            kind = kind_of(raw_kind)
+            if kind is None:
+                raise self.error(f"tensor '{name}' has unknown type {raw_kind}")
             if name in tensors:
                 raise self.error(f"has tensor '{name}' twice")
-            if min(shape) < 1 or shape[-1] % block:
+            if min(shape) < 1 or shape[-1] % kind.block:
                 raise self.error(f"tensor '{name}' of {shape} does not fill {kind.name} blocks")
-            nbytes = prod(shape) // block * size
+            nbytes = prod(shape) // kind.block * kind.size
             if offset % alignment or start + offset + nbytes > len(self._data):
                 raise self.error(
                     f"tensor '{name}' lies at bytes {start + offset} to {start + offset + nbytes} "
@@ -176,36 +186,42 @@ class GGUFFile:
         info = self.tensors[name]
         return np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
 
-    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Dequantised fp32 pieces of a tensor: first row (index of axis 0), [rows, ...]."""
-        from gguf.constants import GGML_QUANT_SIZES
-        from gguf.quants import dequantize
-
+    def pieces(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """Dequantised float32 pieces of a tensor: first row (index of axis 0), [rows, ...]."""
         info = self.tensors[name]
-        block, size = GGML_QUANT_SIZES[info.kind]
         width = prod(info.shape[1:]) if len(info.shape) > 1 else info.shape[0]
         rows = prod(info.shape) // width
-        row_bytes = width // block * size
+        row_bytes = width // info.kind.block * info.kind.size
         raw = self.raw(name).reshape(rows, row_bytes)
         step = max(1, _PIECE // width)
         for first in range(0, rows, step):
             piece = raw[first : first + step]
-            if info.kind.name in ("F32", "F16"):
-                # gguf expects these typed, all others as bytes
-                piece = piece.view({"F32": "<f4", "F16": "<f2"}[info.kind.name])
-            try:
-                # A corrupt scale may overflow: the infinity is reported when it reaches the logits.
-                with np.errstate(all="ignore"):
-                    values = np.array(dequantize(piece, info.kind), dtype=np.float32)
-            except NotImplementedError:
-                raise self.error(
-                    f"tensor '{name}' has type {info.kind.name}, which gguf cannot dequantise"
-                ) from None
+            if info.kind.name in _PLAIN:
+                values = np.array(piece.view(_PLAIN[info.kind.name]), dtype=np.float32)
+            else:
+                values = self._expanded(name, piece)
             shape = values.shape if len(info.shape) > 1 else info.shape
-            yield first, torch.from_numpy(values.reshape(shape))
+            yield first, values.reshape(shape)
 
-    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A whole tensor, dequantised."""
-        pieces = [piece.to(dtype) for _, piece in self.pieces(name)]
+    def _expanded(self, name: str, rows: np.ndarray) -> np.ndarray:
+        from gguf.constants import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        kind = self.tensors[name].kind
+        try:
+            # A corrupt scale may overflow: the infinity is reported when it reaches the logits.
+            with np.errstate(all="ignore"):
+                values = dequantize(rows, GGMLQuantizationType(kind.number))
+        except NotImplementedError:
+            raise self.error(
+                f"tensor '{name}' has type {kind.name}, which gguf cannot dequantise"
+            ) from None
+        return np.array(values, dtype=np.float32)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A whole tensor, dequantised; of float32 by default."""
+        pieces = [
+            torch.from_numpy(piece).to(dtype or torch.float32) for _, piece in self.pieces(name)
+        ]
         whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         return whole.reshape(self.tensors[name].shape)

@@ -17,10 +17,13 @@ Letters: O rows, I columns, g columns of a group.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from cpmcu._torch import torch
 from cpmcu.codes import Codes, check, nearest_codes, scales_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREFIX = 4  # positions that P-GPTQ leaves out
 _BLOCK = 128  # columns between two updates of all later columns

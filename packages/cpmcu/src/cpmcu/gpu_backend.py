@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpmcu import gpu_attention, gpu_device, plan, ternary
+from cpmcu import dtypes, gpu_attention, gpu_device, plan, ternary
 from cpmcu.cache import KVCache
 from cpmcu.codes import BITS
 from cpmcu.cuda_graph import Step
@@ -28,24 +28,23 @@ from cpmcu.rope import RopeTable
 from cpmcu.spec import ModelSpec
 from cpmcu.weights import Weights
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-
-def is_supported(spec: ModelSpec, dtype: torch.dtype) -> tuple[bool, str]:
+def is_supported(spec: ModelSpec, dtype: str | torch.dtype) -> tuple[bool, str]:
     """Whether this backend can run `spec` in `dtype`, and why not."""
+    name = dtypes.name_of(dtype)
     device, reason = gpu_device.find()
     if device is None:
         return False, reason
-    if dtype not in DTYPES:
-        return False, f"needs bfloat16, float16 or float32, got {dtype}"
-    return gpu_attention.is_supported(spec, dtype, device)
+    if name not in dtypes.FLOATS:
+        return False, f"needs bfloat16, float16 or float32, got {name}"
+    return gpu_attention.is_supported(spec, getattr(torch, name), device)
 
 
-def has_weights(quant: str, dtype: torch.dtype) -> tuple[bool, str]:
+def has_weights(quant: str, dtype: str | torch.dtype) -> tuple[bool, str]:
     """Whether it multiplies such weights, and why not."""
     if quant == "ternary":
         return ternary.is_installed()
-    own = str(dtype).removeprefix("torch.")
+    own = dtypes.name_of(dtype)
     if quant in ("auto", own, *BITS):
         return True, ""
     return False, f"in dtype {own} it has no {quant} weights"

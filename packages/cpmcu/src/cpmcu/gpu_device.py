@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 
-import torch
+from cpmcu import _torch
+from cpmcu._torch import torch
 
 LEAST = (8, 0)  # compute capability: bfloat16 matrix units
 
@@ -16,13 +18,20 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+# Without one of these there is no driver that PyTorch could use: no need to import it to know.
+_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
+
+
 def present() -> bool:
-    """Whether PyTorch sees a CUDA device."""
-    return torch.cuda.is_available()
+    """Whether PyTorch is there and sees a CUDA device."""
+    possible = sys.platform != "linux" or any(os.path.exists(path) for path in _DEVICES)
+    return possible and _torch.is_installed() and torch.cuda.is_available()
 
 
 def find() -> tuple[torch.device | None, str]:
     """The device, or None and the reason. In Triton's interpreter without a GPU it is the CPU."""
+    if not _torch.is_installed():
+        return None, _torch.MISSING
     if importlib.util.find_spec("triton") is None:
         return None, "triton is not installed (pip install 'minicpm4-cpmcu[triton]')"
     if present():

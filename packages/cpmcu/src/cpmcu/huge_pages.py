@@ -7,41 +7,47 @@ from __future__ import annotations
 
 import mmap
 from math import prod
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 PAGE = 1 << 21
 
 
-def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Like `torch.empty`, on a 64-byte boundary; small tensors are ordinary memory."""
-    size = prod(shape) * dtype.itemsize
-    if size < PAGE:
-        return torch.empty(*shape, dtype=dtype)
-    return _mapped(size).view(dtype)[: prod(shape)].view(shape)
+def empty(*shape: int, dtype: Any) -> np.ndarray:
+    """Like `numpy.empty`, on a 64-byte boundary; small arrays are ordinary memory."""
+    size = prod(shape) * np.dtype(dtype).itemsize
+    memory = aligned(size) if size < PAGE else _mapped(size)[:size]
+    return memory.view(dtype).reshape(shape)
 
 
-def _mapped(size: int) -> Tensor:
-    """uint8 [size, rounded up to whole pages], given back with the last tensor that lies in it."""
+def aligned(size: int) -> np.ndarray:
+    """uint8 [size] of ordinary memory on a 64-byte boundary."""
+    memory = np.empty(size + 64, np.uint8)
+    skip = -memory.ctypes.data % 64
+    return memory[skip : skip + size]
+
+
+def _mapped(size: int) -> np.ndarray:
+    """uint8 [size, rounded up to whole pages], given back with the last array that lies in it."""
     memory = mmap.mmap(-1, -(-size // PAGE) * PAGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)
         except OSError:  # a kernel without them
             pass
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return np.frombuffer(memory, np.uint8)
 
 
 class Arena:
-    """Tensors of any size one behind the other in such memory, taken in pieces of `piece` bytes or
-    of as many as a tensor needs.
+    """Arrays of any size one behind the other in such memory, taken in pieces of `piece` bytes or
+    of as many as an array needs.
     """
 
     def __init__(self, piece: int = 32 << 20) -> None:
-        self._size, self._piece, self._at = piece, torch.empty(0, dtype=torch.uint8), 0
+        self._size, self._piece, self._at = piece, np.empty(0, np.uint8), 0
 
-    def empty(self, size: int) -> Tensor:
+    def empty(self, size: int) -> np.ndarray:
         """uint8 [size] on a 64-byte boundary."""
         if self._at + size > len(self._piece):
             self._piece, self._at = _mapped(max(size, self._size)), 0

@@ -6,8 +6,12 @@ One scale for each token and head, that of its largest number. The same rows as 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from cpmcu._torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCALE_BYTES = 4
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from cpmcu._fields import Fields
 from cpmcu._files import atomic_path, write_json
+from cpmcu._torch import torch
 from cpmcu.codes import BITS, GROUPS, Codes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METHOD, VERSION = "cpmcu", 1
 CODES, SCALES = ".codes", ".scales"
-_STORED = {"U8": 4, "I8": 8}  # safetensors' dtype of the codes: bits of a code
+STORED = {"U8": 4, "I8": 8}  # safetensors' dtype of the codes: bits of a code
 
 
 def to_bytes(codes: Codes) -> Tensor:
@@ -106,7 +107,7 @@ def stored_shape(
         ValueError: they are no codes and scales, or do not fit each other.
     """
     (kind, shape), (scale_kind, scale_shape) = codes, scales
-    fits = kind in _STORED and scale_kind == "F16" and len(shape) == len(scale_shape) == 2
+    fits = kind in STORED and scale_kind == "F16" and len(shape) == len(scale_shape) == 2
     if fits:
         rows, columns = shape[0], shape[1] * (2 if kind == "U8" else 1)
         groups = scale_shape[1]
@@ -119,8 +120,13 @@ def stored_shape(
     )
 
 
+def scale_fault(name: str, where: Path) -> str:
+    """What is wrong where a scale of the matrix `name` is not finite."""
+    return f"{where}: tensor '{name}{SCALES}' is not finite: copy the file again"
+
+
 def to_codes(name: str, codes: Tensor, scales: Tensor, where: Path) -> Codes:
     """The matrix of the two stored parts; ValueError where a scale is not finite."""
     if not bool(scales.isfinite().all()):
-        raise ValueError(f"{where}: tensor '{name}{SCALES}' is not finite: copy the file again")
+        raise ValueError(scale_fault(name, where))
     return Codes(from_bytes(codes), scales, 4 if codes.dtype == torch.uint8 else 8)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from cpmcu import gguf_codes, layout
 from cpmcu._fields import Fields, read_json
 from cpmcu.gguf_file import GGUFFile
@@ -91,23 +89,13 @@ def _shards(folder: Path) -> list[Path]:
     )
 
 
-def opened(file: Path):  # noqa: ANN202 - safetensors.safe_open has no public type
-    """A safetensors file; ValueError where it is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise ValueError(f"{file}: not a valid safetensors file ({error}); copy it again") from None
-
-
 def clean_name(name: str) -> str | None:
     """The slot's name; None for buffers of old checkpoints that are computed, not stored."""
     name = name.removeprefix("model.")
     return None if name.endswith("rotary_emb.inv_freq") else name
 
 
-def check_dtype(name: str, kind: str, file: Path) -> None:
+def check_dtype(name: str, file: Path, kind: str) -> None:
     """ValueError unless `kind`, safetensors' name of a dtype, is one of floats."""
     if kind not in _DTYPES:
         known = ", ".join(_DTYPES)
@@ -132,18 +120,6 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], spec: ModelSpec, where: 
             )
         if shape != wanted[name]:
             raise ValueError(f"{where}: tensor '{name}' has shape {shape}, expected {wanted[name]}")
-
-
-def ternary_tensors(folder: Path) -> Mapping[str, Tensor]:
-    """All tensors of a folder packed by bitcpm, expanded; ImportError without bitcpm."""
-    try:
-        from bitcpm import load_packed
-    except ImportError:
-        raise ImportError(
-            f"{folder}: packed ternary weights need bitcpm: pip install minicpm4-bitcpm "
-            "(in a clone: pip install ./packages/bitcpm)"
-        ) from None
-    return load_packed(folder)
 
 
 def report(progress: Progress | None, done: int, total: int) -> None:

@@ -6,12 +6,11 @@ import dataclasses
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import psutil
-import torch
-
-from cpmcu import cpu_backend, cpu_memory, gpu_device
+from cpmcu import _torch, cpu_library, dtypes, gpu_device, threads
 from cpmcu import sparse as sparse_attention
+from cpmcu._torch import torch
 from cpmcu.cache import bytes_read, cache_bytes
 from cpmcu.loader import Source
 from cpmcu.sparse import SparseAttention
@@ -70,26 +69,23 @@ def resolve_spec(spec: ModelSpec, sparse: str | SparseAttention, kv: str) -> Mod
     return dataclasses.replace(spec, sparse=found, int8_cache=kv == "int8")
 
 
-def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The compute dtype: a torch dtype or its name, or "auto".
+def resolve_dtype(name: Any) -> str:
+    """The name of the compute dtype: of a PyTorch dtype, of a name, or of "auto".
 
     "auto" is bf16 where the processor multiplies it natively (AVX-512 BF16 or AMX) and fp32
     elsewhere: emulated bf16 products are slower than fp32, and bf16 halves the bytes per token.
     """
-    if name == "auto":
-        return torch.bfloat16 if native_bf16() else torch.float32
-    dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if isinstance(name, str) and name == "auto":
+        return "bfloat16" if native_bf16() else "float32"
+    dtype = dtypes.name_of(name)
+    if dtype not in dtypes.FLOATS:
         raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', got {name!r}")
     return dtype
 
 
 def native_bf16() -> bool:
     """Whether this processor has bf16 dot products."""
-    supports = (
-        getattr(torch.cpu, f"_is_{kind}_supported", None) for kind in ("avx512_bf16", "amx_tile")
-    )
-    return any(check() for check in supports if check is not None)
+    return cpu_library.native_bf16()
 
 
 # Bits of a weight, the scale of its group included: of 32, or of 128 where ternary (on a GPU in
@@ -98,7 +94,7 @@ _BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8.5, "int4": 4.5,
 _GPU_BITS = _BITS | {"ternary": 2.125}
 
 
-def resolve_quant(quant: str, dtype: torch.dtype, stored: str | None = None) -> str:
+def resolve_quant(quant: str, dtype: str, stored: str | None = None) -> str:
     """The kind of weights in memory; "auto" is `stored`, that of the file, or else `dtype`.
 
     Raises:
@@ -106,7 +102,7 @@ def resolve_quant(quant: str, dtype: torch.dtype, stored: str | None = None) -> 
     """
     if quant not in ("auto", *_BITS):
         raise ValueError(f"quant must be one of {', '.join(('auto', *_BITS))}, got {quant!r}")
-    return (stored or str(dtype).removeprefix("torch.")) if quant == "auto" else quant
+    return (stored or dtypes.name_of(dtype)) if quant == "auto" else quant
 
 
 def weight_bytes(spec: ModelSpec, quant: str, *, gpu: bool = False) -> int:
@@ -121,9 +117,7 @@ def _outer(quant: str) -> str:
     return "int8" if quant in ("int4", "ternary") else quant
 
 
-def activation_bytes(
-    spec: ModelSpec, dtype: torch.dtype, context: int, quant: str, backend: str
-) -> int:
+def activation_bytes(spec: ModelSpec, dtype: str, context: int, quant: str, backend: str) -> int:
     """Peak bytes of one chunk's intermediate values, on top of weights and cache.
 
     On the CPU's native backend they are what it lays out. Elsewhere the widest moment is either the
@@ -132,27 +126,26 @@ def activation_bytes(
     without); then come the fp32 logits of the last position and the angle tables.
     """
     if backend == "cpu":
-        return cpu_memory.activation_bytes(
-            spec, dtype, quant, torch.get_num_threads(), CHUNK, context
-        )
+        from cpmcu import cpu_memory
+
+        return cpu_memory.activation_bytes(spec, dtype, quant, threads.default(), CHUNK, context)
+    size = dtypes.size_of(dtype)
     tokens = min(GPU_CHUNK if backend == "gpu" else CHUNK, context)
-    ffn = tokens * (4 * spec.ffn + 3 * spec.hidden) * dtype.itemsize
-    attention = tokens * (4 * spec.qkv_rows + 3 * spec.hidden) * dtype.itemsize
+    ffn = tokens * (4 * spec.ffn + 3 * spec.hidden) * size
+    attention = tokens * (4 * spec.qkv_rows + 3 * spec.hidden) * size
     attention += 0 if backend == "gpu" else tokens * context * (1 + 4)
-    tables = 2 * context * spec.head_dim * dtype.itemsize
-    return max(ffn, attention) + spec.vocab * (4 + dtype.itemsize) + tables
+    tables = 2 * context * spec.head_dim * size
+    return max(ffn, attention) + spec.vocab * (4 + size) + tables
 
 
-def total_bytes(spec: ModelSpec, dtype: torch.dtype, context: int, quant: str, backend: str) -> int:
+def total_bytes(spec: ModelSpec, dtype: str, context: int, quant: str, backend: str) -> int:
     """Weights, keys and values, and activations at `context` tokens."""
     weights = weight_bytes(spec, quant, gpu=backend == "gpu")
     values = activation_bytes(spec, dtype, context, quant, backend)
     return weights + cache_bytes(spec, dtype, context) + values
 
 
-def largest_context(
-    spec: ModelSpec, dtype: torch.dtype, limit: int, quant: str, backend: str
-) -> int:
+def largest_context(spec: ModelSpec, dtype: str, limit: int, quant: str, backend: str) -> int:
     """Most tokens, up to the model's own limit, whose `total_bytes` fit in `limit`; 0 if none."""
     low, high = 0, spec.max_context
     while low < high:  # total_bytes grows with the context
@@ -175,7 +168,7 @@ def check_context(wanted: int | None, spec: ModelSpec) -> int:
 
 
 def fit_context(
-    spec: ModelSpec, dtype: torch.dtype, wanted: int | None, limit: int, quant: str, backend: str
+    spec: ModelSpec, dtype: str, wanted: int | None, limit: int, quant: str, backend: str
 ) -> int:
     """`wanted` tokens, or as many as fit for None; ValueError where `limit` bytes are too few."""
     fits = largest_context(spec, dtype, limit, quant, backend)
@@ -191,12 +184,12 @@ def fit_context(
 
 def available_memory() -> int:
     """Bytes the system can give without swapping."""
+    import psutil
+
     return psutil.virtual_memory().available
 
 
-def measure_bandwidth(
-    megabytes: int = 256, seconds: float = 0.5, device: torch.device | str = "cpu"
-) -> float:
+def measure_bandwidth(megabytes: int = 256, seconds: float = 0.5, device: Any = "cpu") -> float:
     """Bytes per second this machine reads with PyTorch's threads, or a GPU from its own memory: the
     best of repeated sums.
     """
@@ -212,7 +205,7 @@ def measure_bandwidth(
 def make(
     path: str | Path,
     *,
-    dtype: str | torch.dtype = "auto",
+    dtype: Any = "auto",
     quant: str = "auto",
     sparse: str | SparseAttention = "auto",
     kv: str = "auto",
@@ -247,7 +240,7 @@ def make(
         )
     source = Source(path)
     spec = resolve_spec(source.spec, sparse, kv)
-    compute = torch.bfloat16 if gpu and dtype == "auto" else resolve_dtype(dtype)
+    compute = "bfloat16" if gpu and dtype == "auto" else resolve_dtype(dtype)
     stored = "ternary" if source.kind == "ternary" else source.quant
     quant = resolve_quant(quant, compute, stored)
     context = spec.max_context if context is None else context
@@ -259,9 +252,13 @@ def make(
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
     runs = "gpu" if gpu else "reference"
-    if not gpu and backend != "reference" and cpu_backend.is_supported(spec, compute)[0]:
-        runs = "cpu"
+    if not gpu and backend != "reference":
+        from cpmcu import cpu_backend
+
+        runs = "cpu" if cpu_backend.is_supported(spec, compute)[0] else runs
     limit, speed = memory_limit, bandwidth
+    if speed is None and not _torch.is_installed():
+        raise ValueError("without PyTorch bandwidth is not measured: give it (--bandwidth 30G)")
     if limit is None:
         limit = gpu_device.free_memory() if gpu else available_memory()
     if speed is None:
@@ -275,9 +272,9 @@ def make(
         model=str(path),
         kind=source.kind,
         architecture=spec.architecture,
-        dtype=str(compute).removeprefix("torch."),
+        dtype=compute,
         quant=quant,
-        kv="int8" if spec.int8_cache else str(compute).removeprefix("torch."),
+        kv="int8" if spec.int8_cache else compute,
         parameters=spec.parameters,
         file_bytes=source.file_bytes,
         context=context,

@@ -13,19 +13,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from cpmcu import layout, model_files
 from cpmcu._files import remove_abandoned, sha256, write_json
+from cpmcu._torch import torch
 from cpmcu.calibration import LayerRun, Windows
 from cpmcu.codes import Codes, check, nearest
 from cpmcu.gptq import PREFIX, Hessian, gptq, objective
 from cpmcu.loader import Progress, Source
 from cpmcu.spec import ModelSpec
 from cpmcu.tensors import Tensors, read_layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METHODS = ("rtn", "gptq", "p-gptq")
 # The matrices of a layer in the order they are used, and the tensors that are stacked in them.
@@ -220,10 +221,10 @@ def _layer(
     """Quantise one layer and write its shard; the relative error of each matrix."""
     made, errors = {}, {}
 
-    def matrix(*names: str) -> Tensor:
+    def stacked(*names: str) -> Tensor:
         return torch.cat([tensors.read(name).float() for name in names])
 
-    layer = read_layer(tensors.spec, index, lambda name: tensors.read(name).float(), matrix)
+    layer = read_layer(tensors.spec, index, stacked, stacked)
     for number, part in enumerate(PARTS, start=1):
         weight = getattr(layer, part)
         if options.calibrated:

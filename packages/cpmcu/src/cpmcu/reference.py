@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from cpmcu import int8_rows, plan
+from cpmcu import dtypes, int8_rows, plan
+from cpmcu._torch import torch
 from cpmcu.cache import KVCache
 from cpmcu.rope import RopeTable
 from cpmcu.sparse import SparseAttention
 from cpmcu.spec import ModelSpec
 from cpmcu.weights import Layer, Weights
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def is_supported(spec: ModelSpec, dtype: torch.dtype) -> tuple[bool, str]:
+F = torch.nn.functional
+
+
+def is_supported(spec: ModelSpec, dtype: str | torch.dtype) -> tuple[bool, str]:
     """Whether this backend can run `spec` in `dtype`, and why not."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return False, f"needs float32 or bfloat16, got {dtype}"
+    if dtypes.name_of(dtype) not in ("float32", "bfloat16"):
+        return False, f"needs float32 or bfloat16, got {dtypes.name_of(dtype)}"
     if spec.sparse is not None and importlib.util.find_spec("infllm2") is None:
         return False, "sparse attention in PyTorch needs infllm2: pip install minicpm4-infllm2"
     return True, ""

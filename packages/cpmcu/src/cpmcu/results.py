@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import psutil
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stats:
@@ -128,6 +126,8 @@ def peak_memory() -> int:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     except ImportError:  # Windows
+        import psutil
+
         return psutil.Process().memory_info().rss
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from cpmcu.codes import BITS, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = 32  # columns of a row that share a scale
 

@@ -1,16 +1,19 @@
-"""Choose the next token from logits: one pure function over a 1-D tensor, one for the draw.
+"""Choose the next token from logits: one pure function over a vector, one for the draw.
 
 Order and semantics follow transformers: repetition penalty (arXiv:1909.05858), temperature,
 top-k (arXiv:1805.04833), top-p (arXiv:1904.09751), min-p (arXiv:2407.01082).
+In NumPy, on one thread: a vocabulary is a small vector, and the draw is the same whatever backend
+made the logits.
 """
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
 _FEW = 512  # tokens among which the likeliest are looked for first
 
@@ -42,64 +45,99 @@ class Sampling:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
 
 
-def penalise(logits: Tensor, penalty: float, previous: Sequence[int]) -> Tensor:
+def generator(seed: int | None) -> random.Random:
+    """Numbers for draws; those of a seed (64 bits) are the same everywhere, None gives new ones."""
+    # The sign is not lost: Python takes a negative seed for its magnitude.
+    return random.Random(None if seed is None else seed % 2**64)
+
+
+def penalise(logits: np.ndarray, penalty: float, previous: Sequence[int]) -> np.ndarray:
     """Logits [V] with those of `previous` tokens divided by `penalty` (multiplied if negative)."""
     if penalty == 1.0 or not previous:
         return logits
-    seen = torch.tensor(sorted(set(previous)))
-    values = logits[seen]
-    values = torch.where(values < 0, values * penalty, values / penalty)
-    return logits.index_copy(0, seen, values)
+    seen = np.array(sorted(set(previous)))
+    values, factor = logits[seen], np.float32(penalty)
+    logits = logits.copy()
+    logits[seen] = np.where(values < 0, values * factor, values / factor)
+    return logits
 
 
-def probabilities(logits: Tensor, how: Sampling, previous: Sequence[int] = ()) -> Tensor:
-    """The distribution to draw from, fp32 [V]: sums to 1, zero outside what the filters keep.
+def probabilities(logits: np.ndarray, how: Sampling, previous: Sequence[int] = ()) -> np.ndarray:
+    """The distribution to draw from, float32 [V]: sums to 1, zero outside what the filters keep.
 
     Args:
         logits: finite or -inf, [V].
         how: `temperature` 0 gives all mass to the largest logit (lowest index on a tie).
         previous: tokens of the prompt and the text so far, for the repetition penalty.
     """
-    logits = penalise(logits.float(), how.repetition_penalty, previous)
+    logits = penalise(np.asarray(logits, np.float32), how.repetition_penalty, previous)
     if how.temperature == 0:
-        return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
+        only = np.zeros_like(logits)
+        only[logits.argmax()] = 1.0
+        return only
     # The maximum first: dividing by a tiny temperature must not overflow to inf - inf.
-    logits = (logits - logits.max()) / how.temperature
+    with np.errstate(over="ignore"):
+        logits = ((logits - logits.max()).astype(np.float64) / how.temperature).astype(np.float32)
     if 0 < how.top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(how.top_k).values[-1], -torch.inf)
+        least = np.partition(logits, -how.top_k)[-how.top_k]
+        logits = np.where(logits < least, -np.inf, logits)
     if how.top_p < 1:
         logits = _nucleus(logits, how.top_p)
     if how.min_p > 0:
-        p = logits.softmax(0)
-        logits = logits.masked_fill(p < how.min_p * p.max(), -torch.inf)
-    return logits.softmax(0)
+        p = _softmax(logits)
+        logits = np.where(p < np.float32(how.min_p) * p.max(), -np.inf, logits)
+    return _softmax(logits)
 
 
-def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Of logits of which the largest is 0."""
+    p = np.exp(logits, dtype=np.float32)
+    return p / p.sum(dtype=np.float64).astype(np.float32)
+
+
+def _nucleus(logits: np.ndarray, top_p: float) -> np.ndarray:
     """-inf for all but the likeliest tokens that together reach `top_p`.
 
     They are nearly always few, and the largest of a vocabulary are found in a tenth of the time
     that sorting it takes.
     """
-    whole = logits.logsumexp(0)
+    whole = np.exp(logits).sum(dtype=np.float64)
     for most in (_FEW, len(logits)):
-        ordered, order = logits.topk(min(most, len(logits)))
-        mass = (ordered - whole).exp()
-        reached = mass.cumsum(0)
+        few = min(most, len(logits))
+        order = np.argpartition(logits, -few)[-few:]
+        # Of equals the first: the order does not depend on how many are looked at.
+        order = order[np.lexsort((order, -logits[order]))]
+        mass = np.exp(logits[order], dtype=np.float64) / whole
+        reached = mass.cumsum()
         if reached[-1] >= top_p:
             break
     # Keep a token if what is before it has not reached top_p > 0: the first always stays.
     kept = order[(reached - mass) < top_p]
-    return torch.full_like(logits, -torch.inf).index_copy_(0, kept, logits[kept])
+    left = np.full_like(logits, -np.inf)
+    left[kept] = logits[kept]
+    return left
 
 
 def sample(
-    logits: Tensor,
+    logits: np.ndarray,
     how: Sampling,
     previous: Sequence[int] = (),
-    generator: torch.Generator | None = None,
+    numbers: random.Random | None = None,
 ) -> int:
-    """One token id drawn from `probabilities`; the same generator state gives the same token."""
+    """One token id drawn from `probabilities`, by one of `numbers` (`generator`)."""
     if how.temperature == 0:
+        logits = np.asarray(logits, np.float32)
         return int(penalise(logits, how.repetition_penalty, previous).argmax())
-    return int(torch.multinomial(probabilities(logits, how, previous), 1, generator=generator))
+    reached = probabilities(logits, how, previous).cumsum(dtype=np.float64)
+    at = min((numbers or random).random() * reached[-1], np.nextafter(reached[-1], 0))
+    # The first token whose share of the line ends behind it: one of probability 0 has none.
+    return int(np.searchsorted(reached, at, side="right"))
+
+
+def log_likelihood(logits: np.ndarray, targets: Sequence[int]) -> float:
+    """Sum over the rows of logits [T, V] of the logarithm of their target's probability."""
+    total = 0.0
+    for row, target in zip(logits, targets, strict=True):  # a row fits a cache
+        most = row.max()
+        total += float(row[target] - most) - math.log(np.exp(row - most).sum(dtype=np.float64))
+    return total

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from cpmcu import plan
-from cpmcu.backends import BACKENDS
+from cpmcu._torch import torch
+from cpmcu.backends import BACKENDS, module
 from cpmcu.engine import Engine
 from cpmcu.rope import Rope
 from cpmcu.rounding import rounded
 from cpmcu.spec import ModelSpec
 from cpmcu.weights import allocate
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Largest difference allowed between two ways to compute the same logits, relative to their scale.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "int8": 5e-2, "int4": 5e-2}
@@ -87,13 +89,13 @@ def tiny_engine(
 def run() -> list[Check]:
     """Check every backend in every dtype: whole prefill against odd chunks and single steps."""
     checks = []
-    for backend, module in BACKENDS.items():
+    for backend in BACKENDS:
         for quant, tolerance in TOLERANCE.items():
             dtype = torch.float32 if quant == "float32" else torch.bfloat16
             if backend == "reference" and quant in ("int8", "int4"):
                 continue
             plain = tiny_engine(dtype)
-            supported, reason = module.is_supported(plain.spec, dtype)
+            supported, reason = module(backend).is_supported(plain.spec, dtype)
             on_cpu = backend != "gpu" and dtype == torch.bfloat16
             if on_cpu and supported and not plan.native_bf16():
                 reason = "emulated on this processor"

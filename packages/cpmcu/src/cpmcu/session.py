@@ -8,17 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from cpmcu import generation, saving
 from cpmcu import threads as thread_count
+from cpmcu._torch import torch
 from cpmcu.cache import KVCache
 from cpmcu.results import Generation, Score, Stream
+from cpmcu.sampling import log_likelihood
 from cpmcu.spec import ModelSpec
 from cpmcu.tokenizer import Message, Tokenizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cpmcu.backends import Decoder
 
 
@@ -29,18 +32,18 @@ class Loaded:
     Attributes:
         spec: its hyper-parameters, `spec.sparse` the sparse attention in use.
         tokenizer: None: token ids only.
-        dtype: of arithmetic, keys and values.
+        dtype: name of that of arithmetic, keys and values.
         quant: of its weights.
         backend: name of the backend in use.
         decoder: that backend's.
         max_context: tokens that a session may hold.
-        threads: for every call; None: PyTorch's number.
+        threads: for every call; None: `threads.default`'s.
         turn: held by the session that computes.
     """
 
     spec: ModelSpec
     tokenizer: Tokenizer | None
-    dtype: torch.dtype
+    dtype: str
     quant: str
     backend: str
     decoder: Decoder
@@ -50,7 +53,8 @@ class Loaded:
 
 
 class Session:
-    """A sequence: `tokens` are the ids now in its cache, the other attributes as in `Loaded`.
+    """A sequence: `tokens` are the ids now in its cache, `arithmetic` the name of `dtype`, other
+    attributes as in `Loaded`.
 
     Make one with `Engine.session`; an engine is its own first. One session is not for concurrent
     calls from several threads, those of an engine take turns.
@@ -58,18 +62,23 @@ class Session:
 
     def __init__(self, model: Loaded) -> None:
         self._model, self.spec, self.tokenizer = model, model.spec, model.tokenizer
-        self.dtype, self.quant, self.backend = model.dtype, model.quant, model.backend
+        self.arithmetic, self.quant, self.backend = model.dtype, model.quant, model.backend
         self.max_context, self.threads = model.max_context, model.threads
         self.tokens: list[int] = []
         self._decoder = model.decoder
         self._cache = KVCache(model.spec, model.dtype, model.max_context, model.decoder.device)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """PyTorch's dtype of arithmetic, keys and values."""
+        return getattr(torch, self.arithmetic)
+
+    @property
     def place(self) -> str:
         """What computes: so many threads, or a GPU, and whether with CUDA graphs."""
         if self.backend == "gpu":
             return self._decoder.describe()
-        return f"{self.threads or torch.get_num_threads()} threads"
+        return f"{self.threads or thread_count.default()} threads"
 
     def reset(self) -> None:
         """Forget the sequence."""
@@ -101,22 +110,34 @@ class Session:
         self.reset()
         self.tokens = saving.restore(path, self._model, self._cache)
 
+    def feed(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Append tokens to the sequence; the logits after the last, float32 [vocab]: `prefill` and
+        `decode` without PyTorch, which the CPU backend does not need.
+
+        Raises:
+            ValueError: no tokens, an id outside the vocabulary, or more than the context holds.
+        """
+        for logits in self._iterate(self._checked(token_ids), every=False):
+            last = logits
+        return last
+
     def prefill(self, token_ids: Sequence[int]) -> Tensor:
         """Append tokens to the sequence; the logits after the last, fp32 [vocab].
 
         Raises:
             ValueError: no tokens, an id outside the vocabulary, or more than the context holds.
         """
-        return self._run(token_ids, every=False)[-1]
+        return torch.from_numpy(self.feed(token_ids))
 
     def decode(self, token_id: int) -> Tensor:
         """Append one token; the logits after it, fp32 [vocab]."""
-        return self._run([token_id], every=False)[-1]
+        return torch.from_numpy(self.feed([token_id]))
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits after every token of a new sequence, fp32 [len(token_ids), vocab]."""
         self.reset()
-        return torch.cat(self._run(token_ids, every=True))
+        ids = self._checked(token_ids)
+        return torch.cat([torch.from_numpy(x) for x in self._iterate(ids, every=True)])
 
     def score(self, texts: Sequence[str]) -> list[Score]:
         """Log-likelihood of each text on its own.
@@ -135,8 +156,7 @@ class Session:
             self.reset()
             total, at = 0.0, 1
             for chunk in self._iterate(self._checked(ids[:-1]), every=True, step=128):
-                targets = torch.tensor(ids[at : at + len(chunk)])
-                total += float(-torch.nn.functional.cross_entropy(chunk, targets, reduction="sum"))
+                total += log_likelihood(chunk, ids[at : at + len(chunk)])
                 at += len(chunk)
             count = len(text.encode())
             if self.spec.bos is None:
@@ -182,24 +202,15 @@ class Session:
         """
         ids = self._prompt_ids(prompt, messages, token_ids)
         request = generation.Request.make(
-            ids=ids,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            stop=stop,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        )
+            ids=ids, max_new_tokens=max_new_tokens, seed=seed, stop=stop, temperature=temperature,
+            top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+        )  # fmt: skip
         self._checked(ids, start=0)
         running = generation.Running(self, request)
         pieces = Stream(running.pieces(), lambda: running.result)
-        if stream:
-            return pieces
-        for _ in pieces:
-            pass
-        return pieces.result
+        if not stream:
+            list(pieces)
+        return pieces if stream else pieces.result
 
     def reusable(self, ids: Sequence[int]) -> int:
         """How many leading tokens of `ids` need not be computed again (never all of them)."""
@@ -213,11 +224,9 @@ class Session:
         return count
 
     def _prompt_ids(
-        self,
-        prompt: str | None,
-        messages: Sequence[Message] | None,
+        self, prompt: str | None, messages: Sequence[Message] | None,
         token_ids: Sequence[int] | None,
-    ) -> list[int]:
+    ) -> list[int]:  # fmt: skip
         given = {"prompt": prompt, "messages": messages, "token_ids": token_ids}
         names = [name for name, value in given.items() if value is not None]
         if len(names) != 1:
@@ -241,13 +250,12 @@ class Session:
             raise ValueError(f"{what} needs a tokenizer, and this engine has none: use token_ids")
         return self.tokenizer
 
-    def _checked(self, token_ids: Sequence[int], start: int | None = None) -> Tensor:
-        """`token_ids` as a tensor, after the checks that spare PyTorch an index error."""
+    def _checked(self, token_ids: Sequence[int], start: int | None = None) -> np.ndarray:
+        """`token_ids` as int64, after the checks that spare an index beyond the table."""
         start = len(self.tokens) if start is None else start
         if not len(token_ids):
-            raise ValueError(
-                "the prompt has no tokens, and the model has no BOS token to start from"
-            )
+            complaint = "the prompt has no tokens, and the model has no BOS token to start from"
+            raise ValueError(complaint)
         if start + len(token_ids) > self.max_context:
             limit = f"max_context={self.max_context} (the model's limit is {self.spec.max_context})"
             more = self.max_context < self.spec.max_context
@@ -255,7 +263,7 @@ class Session:
             raise ValueError(
                 f"the prompt has {start + len(token_ids)} tokens, above {limit}: {fix}"
             )
-        ids = torch.tensor(token_ids, dtype=torch.int64)
+        ids = np.array(token_ids, np.int64)
         if int(ids.min()) < 0 or int(ids.max()) >= self.spec.vocab:
             bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
             raise ValueError(
@@ -263,23 +271,29 @@ class Session:
             )
         return ids
 
-    def _run(self, token_ids: Sequence[int], *, every: bool) -> list[Tensor]:
-        return list(self._iterate(self._checked(token_ids), every=every))
-
-    def _iterate(self, ids: Tensor, *, every: bool, step: int | None = None) -> Iterator[Tensor]:
+    def _iterate(
+        self, ids: np.ndarray, *, every: bool, step: int | None = None
+    ) -> Iterator[np.ndarray]:
         """Run `ids` in chunks after the present sequence; yield each chunk's logits."""
         step = step or self._decoder.chunk
         length = len(self.tokens) + len(ids)
         sparse = self.spec.sparse  # no chunk has both dense and sparse tokens
         dense = max(0, sparse.least_keys - 1 - len(self.tokens)) if sparse else len(ids)
-        for chunk in (*ids[:dense].split(step), *ids[dense:].split(step)):
-            if not len(chunk):
-                continue
+        cuts = [*range(0, min(dense, len(ids)), step), *range(dense, len(ids), step)]
+        for first, last in zip(cuts, [*cuts[1:], len(ids)], strict=True):
+            chunk = ids[first:last]
             try:
-                with self._model.turn, thread_count.using(self._model.threads):
-                    result = self._decoder.forward(chunk, self._cache, length=length, every=every)
+                with self._model.turn:
+                    result = self._forward(chunk, length, every)
             except BaseException:  # Ctrl-C in the middle of a chunk: the sequence stays what it was
                 self._cache.length = len(self.tokens)
                 raise
             self.tokens += chunk.tolist()
             yield result
+
+    def _forward(self, chunk: np.ndarray, length: int, every: bool) -> np.ndarray:
+        if self._decoder.device is None:
+            return self._decoder.forward(chunk, self._cache, length=length, every=every)
+        ids = torch.from_numpy(chunk)
+        with thread_count.using(self._model.threads):
+            return self._decoder.forward(ids, self._cache, length=length, every=every).numpy()

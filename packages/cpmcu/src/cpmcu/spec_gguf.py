@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from cpmcu._fields import Fields
 from cpmcu.gguf_file import GGUFFile
 from cpmcu.rope import Rope
@@ -162,7 +164,7 @@ def _rope(file: GGUFFile, fields: Fields, arch: str, head_dim: int, max_context:
 def _factor_list(file: GGUFFile, name: str, length: int) -> list[float]:
     if name not in file.tensors or file.tensors[name].shape != (length,):
         raise file.error(f"needs a tensor '{name}' of shape ({length},)")
-    values = file.read(name)
-    if not bool((values > 0).all() & values.isfinite().all()):
+    values = np.concatenate([piece for _, piece in file.pieces(name)])
+    if not bool((values > 0).all() & np.isfinite(values).all()):
         raise file.error(f"tensor '{name}' must hold positive finite factors")
     return values.tolist()

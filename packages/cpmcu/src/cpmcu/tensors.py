@@ -1,23 +1,32 @@
 """One tensor of a model at a time, by its transformers name, whatever kind of file holds it.
 
-For what must not hold a whole model in memory twice: loading, quantisation, conversion.
+For what must not hold a whole model in memory twice: loading, quantisation, conversion. `read` and
+`codes` give PyTorch's tensors, `parts` and `vector` what the CPU backend lays out, without PyTorch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from cpmcu import gguf_codes, layout, loader
+from cpmcu import dtypes, gguf_codes, layout, loader, ternary
+from cpmcu._torch import torch
 from cpmcu.codes import Codes, stack
 from cpmcu.loader import Progress, Source
+from cpmcu.safetensors_file import DTYPES, SafetensorsFile
 from cpmcu.spec import ModelSpec
 from cpmcu.spec_gguf import interleaved_heads, transformers_name
+from cpmcu.stored import Part, Stored
 from cpmcu.weights import Layer, Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Which of GGUF's types are read as they lie.
+_DIRECT = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q4_0": "Q4_0", "Q8_0": "Q8_0"}
 
 
 class Tensors:
@@ -28,10 +37,11 @@ class Tensors:
 
     def __init__(self, source: Source) -> None:
         self.source, self.spec = source, source.spec
-        self._handles: dict[Path, Any] = {}
+        self._files: dict[Path, SafetensorsFile] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self._where: dict[str, tuple[Any, str, Path]] = {}
+        self._where: dict[str, tuple[str, Path]] = {}  # its name there, the file
+        self._packed: ternary.PackedFile | None = None
         self._open()
         loader.check_tensors(self._shapes, self.spec, source.path)
 
@@ -45,14 +55,10 @@ class Tensors:
 
     def release(self) -> None:
         """Give back the memory that what was read of the files takes; reading goes on as before."""
-        self._handles.clear()
+        for file in self._files.values():
+            file.release()
         if self.source.gguf is not None:
             self.source.gguf.release()
-
-    def _handle(self, file: Path) -> Any:
-        if file not in self._handles:
-            self._handles[file] = loader.opened(file)
-        return self._handles[file]
 
     def _open(self) -> None:
         source = self.source
@@ -60,64 +66,67 @@ class Tensors:
             for stored, info in source.gguf.tensors.items():
                 if name := transformers_name(stored):
                     self._shapes[name] = info.shape
-                    self._where[name] = (source.gguf, stored, source.path)
-        elif source.kind == "ternary":
-            for stored, tensor in loader.ternary_tensors(source.path).items():
+                    self._where[name] = stored, source.path
+            return
+        for path in source.files:
+            self._files[path] = SafetensorsFile(path)
+        if source.kind == "ternary":
+            self._packed = ternary.PackedFile(source.path, self._files)
+            for stored, shape in self._packed.shapes.items():
                 if name := loader.clean_name(stored):
-                    self._shapes[name] = tuple(tensor.shape)
-                    self._where[name] = (tensor, stored, source.path)
-        else:
-            for file in source.files:
-                self._add(file, self._handle(file))
-            self._join()
+                    self._shapes[name], self._where[name] = shape, (stored, source.path)
+            return
+        for path, file in self._files.items():
+            self._add(path, file)
+        self._join()
 
-    def _add(self, file: Path, tensors: Any) -> None:
-        for stored in tensors.keys():
+    def _add(self, path: Path, file: SafetensorsFile) -> None:
+        for stored, info in file.tensors.items():
             if (name := loader.clean_name(stored)) is None:
                 continue
             if name in self._where:
-                raise ValueError(f"{file}: tensor '{stored}' is also in {self._where[name][2]}")
-            part = tensors.get_slice(stored)
-            self._kinds[name] = (part.get_dtype(), tuple(part.get_shape()))
-            self._where[name] = (None, stored, file)
+                raise ValueError(f"{path}: tensor '{stored}' is also in {self._where[name][1]}")
+            self._kinds[name] = info.dtype, info.shape
+            self._where[name] = stored, path
 
     def _join(self) -> None:
         """Shapes of plain tensors, and of matrices in two parts."""
         for name, (kind, shape) in self._kinds.items():
             stem = name.removesuffix(layout.CODES).removesuffix(layout.SCALES)
             if self.source.kind != "quantised" or stem == name:
-                loader.check_dtype(self._where[name][1], kind, self._where[name][2])
+                loader.check_dtype(*self._where[name], kind)
                 self._shapes[name] = shape
                 continue
             parts = [self._kinds.get(stem + end) for end in (layout.CODES, layout.SCALES)]
+            where = self._where[name][1]
             if parts[0] is None or parts[1] is None:
                 raise ValueError(
-                    f"{self._where[name][2]}: tensor '{name}' comes without its other part; the "
-                    "file is incomplete"
+                    f"{where}: tensor '{name}' comes without its other part; the file is incomplete"
                 )
-            where = self._where[name][2]
             self._shapes[stem] = layout.stored_shape(stem, parts[0], parts[1], where)
 
-    def _get(self, name: str) -> Tensor:
-        from safetensors import SafetensorError
+    def _array(self, name: str) -> np.ndarray:
+        stored, path = self._where[name]
+        return self._files[path].array(stored)
 
-        _, stored, file = self._where[name]
-        try:
-            return self._handle(file).get_tensor(stored)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: tensor '{stored}' is unreadable ({error})") from None
+    def _tensor(self, name: str) -> Tensor:
+        # A copy: the file may change under a tensor that is a view of it.
+        return dtypes.to_torch(self._array(name).copy(), DTYPES[self._kinds[name][0]])
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor in floats; in None, the dtype it is stored in, or expanded to float32."""
         matrix = self.codes(name)
         if matrix is not None:
             return matrix.dequantise(dtype or torch.float32)
-        holder, stored, _ = self._where[name]
+        stored, _ = self._where[name]
+        if self._packed is not None:
+            value, kind = self._packed.array(stored)
+            value = dtypes.to_torch(value.copy(), kind)
+            return value if dtype is None else value.to(dtype)
         if self.source.gguf is None:
-            value = holder if isinstance(holder, Tensor) else self._get(name)
-            # A copy: the file may change under a tensor that is a view of it.
-            return value if dtype is None else value.to(dtype, copy=True)
-        value = holder.read(stored, dtype or torch.float32)
+            value = self._tensor(name)
+            return value if dtype is None else value.to(dtype)
+        value = self.source.gguf.read(stored, dtype or torch.float32)
         if heads := interleaved_heads(self.spec, name):
             return value[halves(len(value), heads)]
         return value
@@ -125,58 +134,141 @@ class Tensors:
     def codes(self, name: str) -> Codes | None:
         """A matrix as the codes it is stored as; None where the kernels have no such kind."""
         if self.source.kind == "quantised" and name + layout.CODES in self._where:
-            parts = (self._get(name + end) for end in (layout.CODES, layout.SCALES))
-            return layout.to_codes(name, *parts, self._where[name + layout.CODES][2])
+            parts = (self._tensor(name + end) for end in (layout.CODES, layout.SCALES))
+            return layout.to_codes(name, *parts, self._where[name + layout.CODES][1])
         if self.source.gguf is None:
             return None
-        file, stored, _ = self._where[name]
-        matrix = gguf_codes.read(file, stored)
+        matrix = gguf_codes.read(self.source.gguf, self._where[name][0])
         if matrix is not None and (heads := interleaved_heads(self.spec, name)):
-            return matrix.rows(halves(matrix.shape[0], heads))
+            return matrix.rows(torch.from_numpy(halves(matrix.shape[0], heads)))
         return matrix
 
+    def kind(self, name: str) -> tuple[int, int]:
+        """(bits, columns to a scale) of a matrix of codes, (0, 0) of another, from the header."""
+        if self.source.kind == "quantised" and name + layout.CODES in self._where:
+            dtype, _ = self._kinds[name + layout.CODES]
+            groups = self._kinds[name + layout.SCALES][1][1]
+            return layout.STORED[dtype], self._shapes[name][1] // groups
+        if self.source.gguf is None:
+            return 0, 0
+        kind = self.source.gguf.tensors[self._where[name][0]].kind.name
+        bits = gguf_codes.KINDS.get(kind, 0)
+        return bits, gguf_codes.SIZE if bits else 0
 
-def halves(rows: int, heads: int) -> Tensor:
+    def parts(self, name: str) -> Iterator[Part]:
+        """A matrix where it lies, or expanded piece by piece."""
+        shape, (bits, group) = self._shapes[name], self.kind(name)
+        if self._packed is not None:
+            value, kind = self._packed.array(self._where[name][0])
+            yield from _numbers(value, kind, shape)
+        elif self.source.gguf is not None:
+            yield from self._gguf_parts(name, shape, bits, group)
+        elif bits:
+            codes, scales = (self._array(name + end) for end in (layout.CODES, layout.SCALES))
+            fault = layout.scale_fault(name, self._where[name + layout.CODES][1])
+            source = "nibbles" if bits == 4 else "int8"
+            yield Part(codes, source, shape, scales, bits, group, fault=fault)
+        else:
+            yield from _numbers(self._array(name), DTYPES[self._kinds[name][0]], shape)
+
+    def _gguf_parts(self, name: str, shape: Any, bits: int, group: int) -> Iterator[Part]:
+        file, stored = self.source.gguf, self._where[name][0]
+        heads = interleaved_heads(self.spec, name)
+        source = _DIRECT.get(file.tensors[stored].kind.name)
+        if source is not None:
+            fault = gguf_codes.scale_fault(file, stored)
+            yield Part(file.raw(stored), source, shape, None, bits, group, heads, fault)
+        elif heads:  # rows are to be put in order: in one piece
+            pieces = np.concatenate([piece for _, piece in file.pieces(stored)])
+            yield Part(pieces, "float32", shape, heads=heads)
+        else:
+            for _, piece in file.pieces(stored):
+                yield Part(piece, "float32", piece.shape)
+
+    def vector(self, name: str, dtype: str) -> np.ndarray:
+        """A norm or a bias, float32, rounded to the numbers of `dtype`."""
+        stored, _ = self._where[name]
+        if self._packed is not None:
+            value, kind = self._packed.array(stored)
+        elif self.source.gguf is None:
+            value, kind = self._array(name), DTYPES[self._kinds[name][0]]
+        else:
+            kind, value = "float32", np.concatenate([v for _, v in self.source.gguf.pieces(stored)])
+            if heads := interleaved_heads(self.spec, name):
+                value = value[halves(len(value), heads)]
+        return dtypes.to_floats(value, kind, dtype)
+
+    def matrix(self, names: tuple[str, ...], dtype: str, *, codes: bool) -> Stored:
+        """Matrices of equal columns, one below the other; with `codes` as the codes they are stored
+        as, where those are of one kind.
+        """
+        kinds = {self.kind(name) for name in names}
+        bits, group = kinds.pop() if codes and len(kinds) == 1 else (0, 0)
+        rows = sum(self._shapes[name][0] for name in names)
+        packed = self._packed and self._packed.matrices([self._where[name][0] for name in names])
+
+        def parts() -> Iterator[Part]:
+            for name in names:
+                yield from self.parts(name)
+
+        return Stored(parts, (rows, self._shapes[names[0]][1]), dtype, bits, group, packed)
+
+
+def _numbers(value: np.ndarray, kind: str, shape: Any) -> Iterator[Part]:
+    if kind == "float64":
+        value, kind = dtypes.to_floats(value, kind), "float32"
+    yield Part(value, kind, shape)
+
+
+def halves(rows: int, heads: int) -> np.ndarray:
     """Order of rows from llama.cpp's neighbouring pairs to a head's two halves."""
-    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
 
 
-def pairs(rows: int, heads: int) -> Tensor:
+def pairs(rows: int, heads: int) -> np.ndarray:
     """Order of rows from a head's two halves to llama.cpp's neighbouring pairs."""
-    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
+    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
 
 
 def load(
-    source: Source, dtype: torch.dtype, *, codes: bool = False, progress: Progress | None = None
-) -> Weights:
+    source: Source, dtype: Any, *, codes: bool = False, native: bool = False,
+    progress: Progress | None = None,
+) -> Weights:  # fmt: skip
     """A model's weights in `dtype`; with `codes`, matrices as `Codes` where they are stored so.
 
     `layers` are read as they are taken, one after the other, and once: who changes their layout
     never holds both whole. Names, dtypes and shapes are checked before the first is read.
-    `progress(done, total)` is called per layer.
+    `progress(done, total)` is called per layer. With `native` matrices are `Stored`, to be laid out
+    before the next layer is taken, and vectors arrays: what `cpu_weights.pack_model` takes.
 
     Raises:
         ValueError: a file is damaged or not of this model.
     """
-    spec, total = source.spec, source.spec.layers + 2
+    spec, total, name_of = source.spec, source.spec.layers + 2, dtypes.name_of(dtype)
 
-    def plain(name: str) -> Tensor:
-        return tensors.read(name, dtype)
+    def vector(*names: str) -> Any:
+        if native:
+            return np.concatenate([tensors.vector(name, name_of) for name in names])
+        values = [tensors.read(name, getattr(torch, name_of)) for name in names]
+        return torch.cat(values) if len(values) > 1 else values[0]
 
     def matrix(*names: str) -> Any:
+        if native:
+            return tensors.matrix(names, name_of, codes=codes)
         found = [tensors.codes(name) if codes else None for name in names]
         known = [part for part in found if part is not None]
         if len(known) == len(names) and len({(p.bits, p.group) for p in known}) == 1:
             whole = stack(known)
-            whole.dtype = dtype
+            whole.dtype = getattr(torch, name_of)
             return whole
-        return torch.cat([plain(name) for name in names]) if len(names) > 1 else plain(names[0])
+        return vector(*names)
 
     def layers() -> Iterator[Layer]:
         with tensors:
+            tensors.release()
             for i in range(spec.layers):
                 loader.report(progress, i + 2, total)
-                yield read_layer(spec, i, plain, matrix)
+                yield read_layer(spec, i, vector, matrix)
                 tensors.release()
             loader.report(progress, total, total)
 
@@ -184,23 +276,23 @@ def load(
     embedding = matrix("embed_tokens.weight")
     loader.report(progress, 1, total)
     head = embedding if spec.tie else matrix("lm_head.weight")
-    tensors.release()
-    return Weights(embedding, layers(), plain("norm.weight"), head)
+    if not native:  # there they are still to be read
+        tensors.release()
+    return Weights(embedding, layers(), vector("norm.weight"), head)
 
 
-def read_layer(spec: ModelSpec, index: int, plain: Any, matrix: Any) -> Layer:
-    """Layer `index`, from functions that read a vector and stack matrices by their names."""
+def read_layer(spec: ModelSpec, index: int, vector: Any, matrix: Any) -> Layer:
+    """Layer `index`, from functions that read and stack vectors, and matrices, by their names."""
     p = f"layers.{index}."
     qkv = [p + f"self_attn.{n}_proj." for n in "qkv"]
-    bias = torch.cat([plain(n + "bias") for n in qkv]) if spec.qkv_bias else None
     return Layer(
-        attention_norm=plain(p + "input_layernorm.weight"),
+        attention_norm=vector(p + "input_layernorm.weight"),
         qkv=matrix(*(n + "weight" for n in qkv)),
         output=matrix(p + "self_attn.o_proj.weight"),
-        ffn_norm=plain(p + "post_attention_layernorm.weight"),
+        ffn_norm=vector(p + "post_attention_layernorm.weight"),
         gate_up=matrix(p + "mlp.gate_proj.weight", p + "mlp.up_proj.weight"),
         down=matrix(p + "mlp.down_proj.weight"),
-        qkv_bias=bias,
-        q_norm=plain(p + "self_attn.q_norm.weight") if spec.qk_norm else None,
-        k_norm=plain(p + "self_attn.k_norm.weight") if spec.qk_norm else None,
+        qkv_bias=vector(*(n + "bias" for n in qkv)) if spec.qkv_bias else None,
+        q_norm=vector(p + "self_attn.q_norm.weight") if spec.qk_norm else None,
+        k_norm=vector(p + "self_attn.k_norm.weight") if spec.qk_norm else None,
     )

@@ -1,13 +1,15 @@
-"""How many threads PyTorch uses inside a call of the engine, and only there."""
+"""How many threads compute, and how many of PyTorch's inside a call of the engine."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-import torch
+from cpmcu._torch import torch
 
 
 def cores() -> int:
@@ -17,8 +19,30 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def default() -> int:
+    """The threads to take where nobody says how many: PyTorch's number where it is there already,
+    else OMP_NUM_THREADS, else one for each physical core.
+    """
+    if sys.modules.get("torch") is not None:
+        return torch.get_num_threads()
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if wanted.isdecimal() and int(wanted):
+        return int(wanted)
+    return _physical_cores()
+
+
+def _physical_cores() -> int:
+    """Cores that this process may run on: the threads of one core share what multiplies."""
+    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    try:
+        found = {Path(siblings.format(i)).read_text() for i in os.sched_getaffinity(0)}
+    except (OSError, AttributeError):  # not Linux
+        return cores()
+    return len(found)
+
+
 def resolve(wanted: int | None) -> int | None:
-    """A valid number of threads (None: PyTorch's own); above the cores those, and a warning.
+    """A valid number of threads (None: `default`'s); above the cores those, and a warning.
 
     More threads than cores wait for one another at the end of every product.
     """
@@ -34,7 +58,7 @@ def resolve(wanted: int | None) -> int | None:
 
 @contextmanager
 def using(count: int | None) -> Iterator[None]:
-    """Run the block with `count` threads, then restore PyTorch's number."""
+    """Run the block with `count` of PyTorch's threads, then restore its number."""
     before = torch.get_num_threads()
     if count is None or count == before:
         yield

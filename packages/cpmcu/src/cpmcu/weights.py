@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from cpmcu._torch import torch
 from cpmcu.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MATRICES = ("qkv", "output", "gate_up", "down")
 
@@ -20,20 +21,21 @@ class Layer:
 
     `qkv` [(heads + 2 kv_heads) * head_dim, hidden] stacks queries, keys and values and `gate_up`
     [2 ffn, hidden] gate and up: same arithmetic, fewer and larger products. Matrices are
-    tensors, or the codes of a quantised model, or laid out as a backend wants them.
+    tensors, or the codes of a quantised model, or what a file holds (`stored`), or laid out as a
+    backend wants them; norms and biases are tensors or arrays.
     """
 
-    attention_norm: Tensor
+    attention_norm: Any
     qkv: Any
     output: Any
-    ffn_norm: Tensor
+    ffn_norm: Any
     gate_up: Any
     down: Any
-    qkv_bias: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
+    qkv_bias: Any = None
+    q_norm: Any = None
+    k_norm: Any = None
 
-    def mapped(self, matrix: Callable[[Any], Any], vector: Callable[[Tensor], Tensor]) -> Layer:
+    def mapped(self, matrix: Callable[[Any], Any], vector: Callable[[Any], Any]) -> Layer:
         """The layer with every matrix, and every norm and bias, put through a function."""
         parts = {name: getattr(self, name) for name in Layer.__slots__}
         return Layer(
@@ -54,7 +56,7 @@ class Weights:
 
     embedding: Any
     layers: Iterable[Layer]
-    norm: Tensor
+    norm: Any
     head: Any
     slots: dict[str, Tensor] = field(default_factory=dict, repr=False)
 

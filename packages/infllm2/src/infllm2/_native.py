@@ -14,8 +14,6 @@ import os
 import sysconfig
 from pathlib import Path
 
-import torch
-
 
 @functools.cache
 def load(name: str, folder: Path) -> tuple[ctypes.CDLL | None, str]:
@@ -119,6 +117,8 @@ class Steps:
 @functools.cache
 def _pool() -> ctypes.c_void_p:
     """PyTorch's `parallel_for` (plain C since 2.10); null where it has none: one thread then."""
+    import torch  # only here: an engine with threads of its own needs none of it
+
     for library in sorted(Path(torch.__file__).parent.glob("lib/*torch_cpu.*")):
         try:
             function = ctypes.CDLL(str(library)).torch_parallel_for
