@@ -9,7 +9,6 @@ from __future__ import annotations
 from importlib import import_module, metadata
 from typing import Any
 
-__version__ = metadata.version("minicpm4-cpmcu")
 _HOME = {
     "Engine": "engine",
     "Generation": "results",
@@ -40,6 +39,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # reading it takes longer than the rest of this module
+        return metadata.version("minicpm4-cpmcu")
     if name in _HOME:
         return getattr(import_module(f"cpmcu.{_HOME[name]}"), name)
     raise AttributeError(f"module 'cpmcu' has no attribute {name!r}")

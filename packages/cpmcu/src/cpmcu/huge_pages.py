@@ -30,13 +30,19 @@ def aligned(size: int) -> np.ndarray:
 
 def _mapped(size: int) -> np.ndarray:
     """uint8 [size, rounded up to whole pages], given back with the last array that lies in it."""
-    memory = mmap.mmap(-1, -(-size // PAGE) * PAGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them
-            pass
-    return np.frombuffer(memory, np.uint8)
+    size = -(-size // PAGE) * PAGE
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.frombuffer(mmap.mmap(-1, size), np.uint8)
+    # Private: systems give large pages to shared memory more rarely. What lies before and after the
+    # large pages is never touched.
+    memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them
+        pass
+    whole = np.frombuffer(memory, np.uint8)
+    skip = -whole.ctypes.data % PAGE
+    return whole[skip : skip + size]
 
 
 class Arena:

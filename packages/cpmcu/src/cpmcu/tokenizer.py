@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from cpmcu.loader import Source
 
 Message = Mapping[str, Any]
-_MOST_IDS = 1 << 24  # a table of all is made
+_MOST_IDS = 1 << 24
 
 
 class Tokenizer:
@@ -24,7 +27,8 @@ class Tokenizer:
     Args:
         backend: a tokenizers.Tokenizer whose decoder is byte-level, or SentencePiece-like with
             byte fallback.
-        template: renders chat messages; None where the model brings none.
+        template: makes what renders chat messages, when it is first asked for: Jinja is slow to
+            import; None where the model brings none.
         eos: further ids that end a text, beside those of the model's spec.
         prefix: ids that `encode` puts first (llama.cpp's add_bos_token, which tokenizer.json
             expresses inside `backend`).
@@ -34,15 +38,26 @@ class Tokenizer:
         self,
         backend: Any,
         *,
-        template: ChatTemplate | None = None,
+        template: Callable[[], ChatTemplate] | None = None,
         eos: Sequence[int] = (),
         prefix: Sequence[int] = (),
     ) -> None:
-        self.backend, self.template = backend, template
+        self.backend, self._template = backend, template
         self.eos, self.prefix = tuple(eos), tuple(prefix)
-        self._bytes = _token_bytes(backend)
         added = backend.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in added.items() if token.special)
+        # Of the others a text needs few: each is looked up when it is met.
+        self._bytes = {i: token.content.encode() for i, token in added.items()}
+        self._convert = _converter(backend)
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate | None:
+        """What renders chat messages; None where the model brings none.
+
+        Raises:
+            ValueError: it is no valid Jinja.
+        """
+        return None if self._template is None else self._template()
 
     @property
     def size(self) -> int:
@@ -74,7 +89,11 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; empty for ids the vocabulary leaves out."""
-        return self._bytes[token] if 0 <= token < len(self._bytes) else b""
+        known = self._bytes.get(token)
+        if known is None:
+            text = self.backend.id_to_token(token) if 0 <= token < _MOST_IDS else None
+            known = self._bytes[token] = b"" if text is None else self._convert(text)
+        return known
 
     def stream(self, *, skip_special: bool = True) -> TextStream:
         """A decoder to feed one id at a time."""
@@ -130,9 +149,11 @@ def from_folder(folder: Path) -> Tokenizer:
             f"{path}: not found; the model folder needs it to read and write text"
         )
     try:
-        backend = Backend.from_file(str(path))
+        text = path.read_bytes()
+        backend = Backend.from_buffer(text)
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{path}: not a valid tokenizer ({error})") from None
+    _check_ids(path, text, backend)
     # Padding and truncation are settings of the training run that left them in the file.
     backend.no_padding()
     backend.no_truncation()
@@ -149,7 +170,7 @@ def from_folder(folder: Path) -> Tokenizer:
         template_path, template = settings_path, _template_text(settings)
     return Tokenizer(
         backend,
-        template=ChatTemplate(template, str(template_path), named) if template else None,
+        template=partial(ChatTemplate, template, str(template_path), named) if template else None,
         eos=() if eos is None else (eos,),
     )
 
@@ -171,13 +192,18 @@ def _template_text(settings: Fields) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _token_bytes(backend: Any) -> list[bytes]:
-    """Bytes of every id, from the kind of decoder the tokenizer has."""
-    added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
-    vocabulary = backend.get_vocab(with_added_tokens=False)
-    highest = max([*vocabulary.values(), *added], default=-1)
-    if highest >= _MOST_IDS:  # before anything goes through all ids up to it, as `to_str` does
-        raise ValueError(f"tokenizer.json: token id {highest} is above {_MOST_IDS - 1}")
+def _check_ids(path: Path, text: bytes, backend: Any) -> None:
+    """ValueError where an id is so high that nobody should go through all up to it."""
+    if not re.search(rb"[0-9]{8}", text):  # then no id is that high
+        return
+    added = backend.get_added_tokens_decoder()
+    highest = max([*backend.get_vocab(with_added_tokens=False).values(), *added], default=-1)
+    if highest >= _MOST_IDS:
+        raise ValueError(f"{path}: token id {highest} is above {_MOST_IDS - 1}")
+
+
+def _converter(backend: Any) -> Callable[[str], bytes]:
+    """From a token's text to its bytes, by the kind of decoder the tokenizer has."""
     # Of the decoder alone: all of the tokenizer as JSON would cost more than loading the model.
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
     kinds = {d.get("type"): d for d in (decoder, *decoder.get("decoders", ()))}
@@ -201,12 +227,7 @@ def _token_bytes(backend: Any) -> list[bytes]:
             f"tokenizer.json: field 'decoder' is {decoder.get('type')!r}, supported are byte-level "
             "BPE and BPE with byte fallback"
         )
-    table = [b""] * (highest + 1)
-    for text, i in vocabulary.items():
-        table[i] = convert(text)
-    for i, text in added.items():
-        table[i] = text.encode()
-    return table
+    return convert
 
 
 def byte_characters() -> dict[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from cpmcu._fields import Fields
@@ -52,7 +53,7 @@ def from_gguf(file: GGUFFile) -> Tokenizer:
     constants = {f"{n}_token": "" if i is None else tokens[i] for n, i in ids.items()}
     return Tokenizer(
         backend,
-        template=ChatTemplate(template, str(file.path), constants) if template else None,
+        template=partial(ChatTemplate, template, str(file.path), constants) if template else None,
         eos=() if ids["eos"] is None else (ids["eos"],),
         prefix=(ids["bos"],) if add_bos and ids["bos"] is not None else (),
     )
@@ -91,14 +92,18 @@ def _byte_level(fields: Fields, tokens: list[str]) -> Any:
         known = ", ".join(PRE_TOKENIZERS)
         raise fields.error("tokenizer.ggml.pre", f"is '{pre}', supported are {known}")
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = []
-    for merge in _strings(fields, "tokenizer.ggml.merges"):
-        left, _, right = merge.partition(" ")
-        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
-            raise fields.error("tokenizer.ggml.merges", f"has '{merge}', which the tokens lack")
-        merges.append((left, right))
-    # Llama 3 looks whole words up first: some of its tokens are unreachable by merges.
-    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
+    listed = _strings(fields, "tokenizer.ggml.merges")
+    try:
+        merges = [(left, right) for left, right in (merge.split(" ", 1) for merge in listed)]
+        # Llama 3 looks whole words up first: some of its tokens are unreachable by merges.
+        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
+    except Exception as error:  # tokenizers raises bare Exception; which merge it is, is looked up
+        for merge in listed:
+            left, _, right = merge.partition(" ")
+            if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+                message = f"has '{merge}', which the tokens lack"
+                raise fields.error("tokenizer.ggml.merges", message) from None
+        raise fields.error("tokenizer.ggml.merges", f"is not valid ({error})") from None
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizer(pre)
     backend.decoder = decoders.ByteLevel()
