@@ -6,7 +6,7 @@ bitcpm's packed ternary folders, without transformers. `Engine.from_pretrained` 
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
 _HOME = {
@@ -39,7 +39,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":  # reading it takes longer than the rest of this module
+    if name == "__version__":
+        from importlib import metadata  # slow
+
         return metadata.version("minicpm4-cpmcu")
     if name in _HOME:
         return getattr(import_module(f"cpmcu.{_HOME[name]}"), name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import functools
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 _MOST_IDS = 1 << 24
+_DIGITS = bytes.maketrans(b"123456789", b"000000000")
 
 
 class Tokenizer:
@@ -194,7 +194,7 @@ def _template_text(settings: Fields) -> str | None:
 
 def _check_ids(path: Path, text: bytes, backend: Any) -> None:
     """ValueError where an id is so high that nobody should go through all up to it."""
-    if not re.search(rb"[0-9]{8}", text):  # then no id is that high
+    if b"00000000" not in text.translate(_DIGITS):  # then no id is that high
         return
     added = backend.get_added_tokens_decoder()
     highest = max([*backend.get_vocab(with_added_tokens=False).values(), *added], default=-1)

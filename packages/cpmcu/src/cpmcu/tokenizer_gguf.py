@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 from cpmcu._fields import Fields
@@ -61,7 +62,7 @@ def from_gguf(file: GGUFFile) -> Tokenizer:
 
 def _strings(fields: Fields, name: str) -> list[str]:
     value = fields.values.get(name)
-    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+    if not isinstance(value, list) or set(map(type, value)) != {str}:
         raise fields.error(name, "must be a list of strings")
     return value
 
@@ -94,7 +95,10 @@ def _byte_level(fields: Fields, tokens: list[str]) -> Any:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     listed = _strings(fields, "tokenizer.ggml.merges")
     try:
-        merges = [(left, right) for left, right in (merge.split(" ", 1) for merge in listed)]
+        parts = " ".join(listed).split(" ")
+        if set(map(str.count, listed, repeat(" "))) != {1}:
+            parts = [part for merge in listed for part in merge.split(" ", 1)]
+        merges = list(zip(parts[::2], parts[1::2], strict=True))
         # Llama 3 looks whole words up first: some of its tokens are unreachable by merges.
         model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
     except Exception as error:  # tokenizers raises bare Exception; which merge it is, is looked up
