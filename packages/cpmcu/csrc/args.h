@@ -145,8 +145,8 @@ enum {
 };
 
 // Lays out `rows` rows in one of the layouts above, from row `first` of the matrix on; a call that reaches the matrix's end
-// fills up the last panel. Codes that the matrix can hold as they are keep their scales, and nothing is rounded; int8 codes
-// are taken to fit. Other codes, and all with `through`, become numbers first. Integers are made of numbers by the largest
+// fills up the last panel. Codes that are `kept` keep their scales, and nothing is rounded: they are of as many bits and in
+// groups as large as the matrix's. Other codes become numbers first. Integers are made of numbers by the largest
 // magnitude of a group, each value to the nearest step. A scale that is not finite is error 2.
 typedef struct {
     const void *from;
@@ -156,7 +156,7 @@ typedef struct {
     int32_t source, group;   // CPMCU_OF_...; columns to a scale
     int64_t first, rows;
     int64_t heads;           // not 0: rows of so many heads, neighbouring pairs to be put in a head's two halves
-    int32_t through, unused; // numbers are rounded to bfloat16 first
+    int32_t through, kept;   // numbers are rounded to bfloat16 first; codes stay as they are
 } cpmcu_lay_out_args;
 
 int32_t cpmcu_embed(const cpmcu_embed_args *, int32_t ith, int32_t nth);

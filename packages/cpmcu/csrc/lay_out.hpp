@@ -162,9 +162,8 @@ inline int32_t lay_out(const cpmcu_lay_out_args &a, int32_t ith, int32_t nth) {
     const bool integers = m.kind >= CPMCU_INT8, coded = is_coded(a.source);
     if (integers && (m.group < BLOCK || m.group > 128 || m.group % BLOCK)) return 1;
     if (coded && (a.group < BLOCK || a.group % BLOCK || m.cols % a.group)) return 1;
-    const int bits = a.source == CPMCU_OF_NIBBLES || a.source == CPMCU_OF_Q4_0 ? 4 : 8;
-    // int8 codes may be of either: whoever passes them knows which.
-    const bool kept = coded && integers && a.group == m.group && !a.through && (a.source == CPMCU_OF_INT8 || (bits == 4) == (m.kind == CPMCU_INT4));
+    const bool kept = coded && a.kept;
+    if (kept && (!integers || a.group != m.group)) return 1;
     const int64_t groups = integers ? m.cols / m.group : 0, end = a.first + a.rows, half = a.heads ? a.rows / a.heads / 2 : 0;
     const int64_t last = end == m.rows ? panels_of(m) : (end + ROWS - 1) / ROWS;
     float x[MOST_COLUMNS];

@@ -194,3 +194,16 @@ def test_other_architecture_is_named(tiny_folder, to_gguf, tmp_path):
     model, _ = tiny_folder("llama")
     with pytest.raises(ValueError, match="'general.architecture' is 'gemma', supported are llama"):
         Engine.from_pretrained(to_gguf(model, tmp_path / "m.gguf", "gemma"))
+
+
+def test_types_are_those_of_the_gguf_package():
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    from cpmcu import ggml_types
+
+    for number, kind in ggml_types.KINDS.items():
+        theirs = GGMLQuantizationType(number)
+        assert (kind.name, (kind.block, kind.size)) == (theirs.name, GGML_QUANT_SIZES[theirs])
+    iq = GGMLQuantizationType.IQ4_NL
+    assert ggml_types.kind_of(int(iq)) == ("IQ4_NL", int(iq), *GGML_QUANT_SIZES[iq])
+    assert ggml_types.kind_of(9999) is None

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from cpmcu import Engine, cpu_library, gguf_codes, layout
 from cpmcu.codes import Codes, nearest
-from cpmcu.cpu_weights import pack
+from cpmcu.cpu_weights import KINDS, pack
 from cpmcu.loader import Source
 from cpmcu.quantise import quantise
-from cpmcu.tensors import Tensors
+from cpmcu.stored import Part, Stored
+from cpmcu.tensors import Tensors, pairs
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
 native = pytest.mark.skipif(cpu_library.kernels()[0] is None, reason="no kernels")
@@ -228,3 +229,57 @@ def test_metadata_of_another_kind(tiny_folder, tmp_path, field, value, message):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         Source(tmp_path / "m")
+
+
+@native
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "source", ["float32", "float16", "bfloat16", "nibbles", "int8", "Q4_0", "Q8_0"]
+)
+@pytest.mark.parametrize("through", ["float32", "bfloat16"])
+def test_every_source_in_every_layout(source, kind, through):
+    """Parts read where they lie, in shares of rows that cut panels, equal the matrix in one piece;
+    rows of heads are put in order.
+    """
+    pool = cpu_library.Pool(2)
+    codes, heads = nearest(torch.randn(48, 64, generator=torch.Generator().manual_seed(1)), 8), 6
+    bits = {"nibbles": 4, "Q4_0": 4}.get(source, 8)
+    if bits == 4:
+        codes = nearest(codes.dequantise(), 4)
+    coded = source in ("nibbles", "int8", "Q4_0", "Q8_0")
+    values = codes.dequantise()
+    if not coded:
+        values = values.to(getattr(torch, source)).float()
+
+    def part(rows, number):
+        mine, scales, group = codes.rows(rows), None, 32 if coded else 0
+        if source in ("Q4_0", "Q8_0"):
+            memory = gguf_codes.to_blocks(mine)
+        elif coded:
+            memory, scales = layout.to_bytes(mine), mine.scales
+        else:
+            memory = values[rows].to(getattr(torch, source))
+        return Part(memory, source, (len(rows), 64), scales, bits, group, number)
+
+    order = torch.arange(48)
+    shuffled = torch.from_numpy(pairs(24, heads))  # as llama.cpp has the first 24
+    parts = [part(shuffled, heads), part(order[24:29], 0), part(order[29:], 0)]
+    whole = Stored(lambda: parts, (48, 64), through)
+    made = pack(whole, KINDS[kind], pool)
+    plain = pack(values if through == "float32" else values.bfloat16(), KINDS[kind], pool)
+    assert np.array_equal(made.data, plain.data)
+    if kind in ("int8", "int4"):
+        assert np.array_equal(made.scales, plain.scales)
+    held = values if through == "float32" else values.bfloat16().float()
+    assert np.array_equal(whole.floats(), held.numpy())
+    if coded:  # and as they are
+        kept = pack(Stored(lambda: parts, (48, 64), through, bits, 32), -1, pool)
+        same = pack(codes, -1, pool)
+        assert np.array_equal(kept.data, same.data) and np.array_equal(kept.scales, same.scales)
+        parts[1].scales = None if parts[1].scales is None else parts[1].scales.clone()
+        if parts[1].scales is None:
+            parts[1].memory[2, :2] = (0, 124)  # infinity
+        else:
+            parts[1].scales[2, 1] = torch.inf
+        with pytest.raises(ValueError, match="scale of the weights is not finite"):
+            pack(whole, KINDS[kind], pool)

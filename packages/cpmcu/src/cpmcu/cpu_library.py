@@ -136,7 +136,7 @@ LayOutArgs = _structure(
         ("scales", c_void_p),
         *_fields(c_int32, "kind group"),
         *_fields(c_int64, "first rows heads"),
-        *_fields(c_int32, "through unused"),
+        *_fields(c_int32, "through kept"),
     ],
 )
 Record = _structure("Record", _fields(c_void_p, "operation args"))

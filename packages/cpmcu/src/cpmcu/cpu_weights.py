@@ -79,10 +79,11 @@ def pack(weight: Any, kind: int, pool: c.Pool, arena: Arena | None = None) -> Pa
 
 
 def _lay_out(part: Part, matrix: Any, first: int, whole: Stored, pool: c.Pool) -> None:
-    through = whole.quant is None and whole.dtype == "bfloat16" and part.source != "bfloat16"
+    kept = whole.quant is not None
+    through = not kept and whole.dtype == "bfloat16" and part.source != "bfloat16"
     args = c.LayOutArgs(
         c.address(part.memory), part.row_bytes, matrix, c.address(part.scales),
-        c.SOURCES[part.source], part.group, first, part.shape[0], part.heads, through, 0,
+        c.SOURCES[part.source], part.group, first, part.shape[0], part.heads, through, kept,
     )  # fmt: skip
     try:
         pool.run(c.Records([("lay_out", args)]))
