@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import testbed
 from cpmcu import Engine, cpu_library, cpu_ternary
+from cpmcu.convert import convert
 from cpmcu.quantise import quantise
 from cpmcu.tokenizer import byte_characters
 
@@ -81,6 +82,8 @@ def test_text_is_the_same_without_it(folder, tiny_folder, ternary_folder, to_ggu
         dense.mkdir()
         ternary_folder("qwen2", dense, 32)
         bitcpm.pack_model(dense, tmp_path / "packed")
+        convert(dense, tmp_path / "ternary.gguf", "BF16")
+        jobs.append((tmp_path / "ternary.gguf", {"quant": "ternary"}))
         jobs += [(dense, {"quant": "ternary"}), (tmp_path / "packed", {}),
                  (tmp_path / "packed", {"quant": "int8"})]  # fmt: skip
     for job, got in zip(jobs, without_torch(*jobs), strict=True):

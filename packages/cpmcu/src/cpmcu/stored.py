@@ -58,7 +58,9 @@ class Part:
         """The numbers, float32 [rows, columns], rounded to those of `through`."""
         rows, cols = self.shape
         if self.source not in BITS:
-            values = _array(self.memory).reshape(rows, cols)
+            values = (
+                _array(self.memory).ravel().view(dtypes.STORED[self.source]).reshape(rows, cols)
+            )
             values = dtypes.to_floats(values, self.source, through)
         else:
             values = dtypes.to_floats(self._dequantised(), "float32", through)
