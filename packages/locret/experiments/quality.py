@@ -23,17 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from shared import (
-    HERE,
-    RUNS,
-    Cells,
-    parts,
-    question_texts,
-    recall_texts,
-    smollm2_heads,
-    spoken,
-    texts,
-)
+from shared import HERE, RUNS, Cells, parts, question_texts, smollm2_heads, spoken, texts
 from torch import Tensor
 
 from locret._cli import run
@@ -61,7 +51,6 @@ GROUPS = {
 MAKE: dict[str, Callable] = {
     "heads": texts,
     "locret-q": question_texts,
-    "recall": recall_texts,
 }
 FULL = "hidden full 1"
 TOKENS, CHUNK, BLOCK = 1024, 256, 4

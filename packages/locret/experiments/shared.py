@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -83,29 +82,6 @@ def question_texts(tokenizer: Any, count: int, length: int = 1024) -> list[Examp
             mixed.append(Example(ids, len(question) + len(gold), len(first)))
         pairs = zip(plain, mixed[: len(plain)], strict=True)
         found += [e for pair in pairs for e in pair] + mixed[len(plain) : wanted - len(plain)]
-    return found
-
-
-def recall_texts(tokenizer: Any, count: int, length: int = 1024) -> list[Example]:
-    """Prose, and at its end four questions about sentences of it that hold a fact, answered.
-
-    What a text's own continuation attends to is not what a reader may ask for. Facts are sentences
-    with a number or a name; the question quotes how one begins, the answer is all of it, and the
-    heads see neither. The last eighth is of unseen documents.
-    """
-    found: list[Example] = []
-    for number, window in enumerate(texts(tokenizer, count, length)):
-        prose = tokenizer.decode(window.ids[: length - 224])
-        sentences = re.findall(r"(?<=[.!?]\s)[A-Z][^.!?\n]{40,200}[.!?]", prose)
-        facts = [s for s in sentences if re.search(r"\d|\s[a-z,]+\s[A-Z][a-z]", s)] or sentences
-        chosen = random.Random(number).sample(facts, min(4, len(facts)))
-        asked_for = "".join(
-            f'\nQuestion: What does the text say after "{" ".join(s.split()[:4])}"?\nAnswer: {s}'
-            for s in chosen
-        )
-        ids = [torch.tensor(tokenizer(t, add_special_tokens=False)["input_ids"])
-               for t in (prose, asked_for or " " + prose[-200:])]  # fmt: skip
-        found.append(Example(torch.cat(ids), len(ids[1])))
     return found
 
 
