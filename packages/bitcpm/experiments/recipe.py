@@ -262,7 +262,8 @@ def tables(found: dict[str, dict[int, float]]) -> str:
         lines += [f"\n| {group} | held-out nats | difference | seeds |", "|---|---|---|---|"]
         for name in (n for n in names if n in found):
             mean, error = against(found[name], found.get(names[0], {}))
-            shown = "" if name == names[0] else f"{mean:+.4f} ± {error:.4f}"
+            known = "" if math.isnan(error) else f" ± {error:.4f}"  # one seed has none
+            shown = "" if name == names[0] or math.isnan(mean) else f"{mean:+.4f}{known}"
             value = statistics.mean(found[name].values())
             lines.append(f"| {name} | {value:.4f} | {shown} | {len(found[name])} |")
     return "\n".join(lines)

@@ -87,3 +87,12 @@ def test_the_modules_bring_no_torch():
         "bitcpm.cpu_library.kernels()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(kernels()[0] is None, reason="the CPU kernels were not built")
+def test_a_layout_wants_a_scale_for_each_group():
+    from bitcpm.layout import LaidOut
+
+    codes, scales = np.zeros((4, 64), np.int8), np.ones((4, 3), np.float32)
+    with pytest.raises(ValueError, match=r"need scales \(4, 2\).* got \(4, 3\)"):
+        LaidOut(codes, scales, "float32", 32, "2bit", lambda size: np.empty(size, np.uint8))

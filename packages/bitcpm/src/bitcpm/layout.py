@@ -30,6 +30,7 @@ class LaidOut:
 
     Raises:
         ImportError: the kernels were not built.
+        ValueError: the scales are not one for each group.
     """
 
     def __init__(
@@ -41,7 +42,12 @@ class LaidOut:
             raise ImportError(reason)
         self._kernels, self.shape = library, codes.shape
         group, full, tail = groups_of(codes.shape[1], group_size)
-        assert scales.shape == (codes.shape[0], full + bool(tail)), scales.shape
+        wanted = codes.shape[0], full + bool(tail)
+        if scales.shape != wanted:
+            raise ValueError(
+                f"codes {codes.shape} in groups of {group_size} need scales {wanted}, one for each "
+                f"group of a row; got {scales.shape}"
+            )
         self._shape = Shape(*codes.shape, group, CODECS[codec], DTYPES[f"torch.{dtype}"])
         self.data = memory(library.weight_bytes(self._shape))
         codes, scales = np.ascontiguousarray(codes), np.ascontiguousarray(scales)

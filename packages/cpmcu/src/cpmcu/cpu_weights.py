@@ -74,7 +74,8 @@ def pack(weight: Any, kind: int, pool: c.Pool, arena: Arena | None = None) -> Pa
     for part in given.parts():
         _lay_out(part, matrix, done, given, pool)
         done += part.shape[0]
-    assert done == rows, (done, rows)
+    if done != rows:
+        raise ValueError(f"the parts of a matrix have {done} rows together, expected {rows}")
     return PackedMatrix(data, scales, matrix)
 
 

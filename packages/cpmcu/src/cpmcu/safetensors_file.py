@@ -105,7 +105,11 @@ def write(
     at = 0
     for name in order:
         kind, array = tensors[name]
-        assert array.dtype == dtypes.STORED[kind], (name, kind, array.dtype)
+        if array.dtype != dtypes.STORED[kind]:
+            raise ValueError(
+                f"tensor '{name}' of {kind} needs an array of "
+                f"{np.dtype(dtypes.STORED[kind])}, got {array.dtype}"
+            )
         header[name] = {
             "dtype": names[kind], "shape": list(array.shape),
             "data_offsets": [at, at + array.nbytes],

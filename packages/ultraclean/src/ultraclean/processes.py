@@ -86,7 +86,7 @@ class Together(Alone):
     """The processes of accelerate: DDP, or DeepSpeed where accelerate was told so.
 
     Raises:
-        ValueError: DeepSpeed's ZeRO stage 3.
+        ValueError: DeepSpeed's ZeRO stage 3, or accelerate made no group of the processes.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,11 @@ class Together(Alone):
             mixed_precision="bf16" if gpu and deepspeed else "no",
         )  # fmt: skip
         self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
-        assert self.count == _world(), "each process would train the whole alone"
+        if self.count != _world():
+            raise ValueError(
+                f"WORLD_SIZE says {_world()} processes and accelerate found {self.count}, so that "
+                "each would train the whole alone: start them by torchrun"
+            )
         self._plugin = self._accelerator.state.deepspeed_plugin if deepspeed else None
         if self._plugin is not None and self._plugin.zero_stage == 3:
             raise ValueError(
