@@ -193,6 +193,9 @@ typedef struct {
 void *cpmcu_pool(int32_t threads);
 void cpmcu_free_pool(void *pool);
 int32_t cpmcu_run(void *pool, const cpmcu_record *records, int32_t count);  // 0, or the first error
+// Records that do not depend on each other, each whole on one thread, with no barriers between them. 0, or an error of
+// the record whose index is then in `failed`.
+int32_t cpmcu_share_out(void *pool, const cpmcu_record *records, int32_t count, int32_t *failed);
 
 #ifdef __cplusplus
 }

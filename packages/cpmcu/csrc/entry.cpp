@@ -65,4 +65,7 @@ int64_t cpmcu_join_texts(const uint8_t *data, int64_t size, int64_t at, int64_t 
 int32_t cpmcu_run(void *pool, const cpmcu_record *records, int32_t count) {
     return static_cast<Pool *>(pool)->run(records, count);
 }
+int32_t cpmcu_share_out(void *pool, const cpmcu_record *records, int32_t count, int32_t *failed) {
+    return static_cast<Pool *>(pool)->share_out(records, count, failed);
+}
 }

@@ -1,4 +1,5 @@
-// Threads that go through a list of records together, with a barrier after each. Between lists they sleep.
+// Threads that go through a list of records together, with a barrier after each, or that share out a list whose
+// records do not depend on each other. Between lists they sleep.
 #pragma once
 #include "args.h"
 #include <atomic>
@@ -41,9 +42,21 @@ class Pool {
     }
 
     // 0, or the first error; the records after it do not run.
-    int32_t run(const cpmcu_record *records, int32_t count) {
+    int32_t run(const cpmcu_record *records, int32_t count) { return start(records, count, false); }
+
+    // Each record is one thread's, and nobody waits but at the end: other work may hold a core meanwhile. 0, or the
+    // error of a record, whose index is then in `failed`; what has not begun does not run.
+    int32_t share_out(const cpmcu_record *records, int32_t count, int32_t *failed) {
+        const int32_t error = start(records, count, true);
+        if (error) *failed = failed_;
+        return error;
+    }
+
+  private:
+    int32_t start(const cpmcu_record *records, int32_t count, bool independent) {
         std::lock_guard<std::mutex> one_at_a_time(running_);
-        records_ = records, count_ = count;
+        records_ = records, count_ = count, independent_ = independent;
+        next_.store(0, std::memory_order_relaxed);
         error_.store(0, std::memory_order_relaxed);
         if (!threads_.empty()) {
             {
@@ -56,7 +69,6 @@ class Pool {
         return error_.load();
     }
 
-  private:
     explicit Pool(int32_t threads) : size_(threads) {
         try {
             for (int32_t i = 1; i < threads; ++i) threads_.emplace_back([this, i] { serve(i); });
@@ -88,6 +100,16 @@ class Pool {
     // is must have been read before.
     void work(int32_t ith) {
         const cpmcu_record *records = records_;
+        if (independent_) {
+            const int32_t count = count_;
+            for (int32_t i; !error_.load(std::memory_order_relaxed) && (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) {
+                int32_t none = 0;
+                if (const int32_t error = records[i].operation(records[i].args, 0, 1))
+                    if (error_.compare_exchange_strong(none, error)) failed_ = i;
+            }
+            meet();
+            return;
+        }
         for (int32_t i = 0, count = count_; i < count; ++i) {
             if (!error_.load(std::memory_order_relaxed))
                 if (const int32_t error = records[i].operation(records[i].args, ith, size_)) error_.store(error);
@@ -116,7 +138,9 @@ class Pool {
     uint64_t job_ = 0;
     bool stop_ = false;
     const cpmcu_record *records_ = nullptr;
-    int32_t count_ = 0;
+    int32_t count_ = 0, failed_ = 0;
+    bool independent_ = false;
+    alignas(64) std::atomic<int32_t> next_{0};
     alignas(64) std::atomic<int32_t> arrived_{0};
     alignas(64) std::atomic<uint32_t> round_{0};
     alignas(64) std::atomic<int32_t> error_{0};

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cpmcu import Engine, cpu_library, gguf_codes, layout
 from cpmcu.codes import Codes, nearest
-from cpmcu.cpu_weights import KINDS, pack
+from cpmcu.cpu_weights import KINDS, Layouts, pack
 from cpmcu.loader import Source
 from cpmcu.quantise import quantise
 from cpmcu.stored import Part, Stored
@@ -237,10 +237,13 @@ def test_metadata_of_another_kind(tiny_folder, tmp_path, field, value, message):
     "source", ["float32", "float16", "bfloat16", "nibbles", "int8", "Q4_0", "Q8_0"]
 )
 @pytest.mark.parametrize("through", ["float32", "bfloat16"])
-def test_every_source_in_every_layout(source, kind, through):
+@pytest.mark.parametrize("sliced", [False, True])
+def test_every_source_in_every_layout(source, kind, through, sliced, monkeypatch):
     """Parts read where they lie, in shares of rows that cut panels, equal the matrix in one piece;
     rows of heads are put in order.
     """
+    if sliced:
+        monkeypatch.setattr(Layouts, "SLICE", 1)  # 16 rows at a time
     pool = cpu_library.Pool(2)
     codes, heads = nearest(torch.randn(48, 64, generator=torch.Generator().manual_seed(1)), 8), 6
     bits = {"nibbles": 4, "Q4_0": 4}.get(source, 8)
@@ -283,3 +286,51 @@ def test_every_source_in_every_layout(source, kind, through):
             parts[1].scales[2, 1] = torch.inf
         with pytest.raises(ValueError, match="scale of the weights is not finite"):
             pack(whole, KINDS[kind], pool)
+
+
+@native
+@pytest.mark.parametrize("most", [1, 1 << 30])
+def test_what_is_done_meanwhile(most, monkeypatch):
+    """It is called once, beside the first matrices; its answer and its error come through, and a
+    bad scale is that of the part it is in.
+    """
+    monkeypatch.setattr(Layouts, "MOST", most)
+    pool, called = cpu_library.Pool(2), []
+
+    def meanwhile():
+        called.append(1)
+        return "answer"
+
+    layouts = Layouts(pool, meanwhile)
+    codes = [random_codes(48, 64, 8, seed=seed) for seed in range(3)]
+    made = [layouts.add(c, -1) for c in codes]
+    assert layouts.finish() == "answer" and called == [1]
+    for matrix, c in zip(made, codes, strict=True):
+        assert np.array_equal(matrix.data, pack(c, -1, pool).data)
+
+    layouts = Layouts(pool, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        layouts.add(codes[0], -1)
+        layouts.finish()
+    layouts.finish()  # nothing is left of it
+
+    parts = [
+        Part(c.codes.numpy(), "int8", c.shape, c.scales.numpy(), 8, 32, fault=f"part {i}")
+        for i, c in enumerate(codes)
+    ]
+    parts[1].scales[40, 1] = np.inf
+    with pytest.raises(ValueError, match="part 1"):
+        pack(Stored(lambda: parts, (144, 64), "float32", 8, 32), -1, pool)
+
+
+@native
+def test_a_shared_out_record_that_fails_is_named():
+    """Others may have run before it; nothing hangs, and the pool goes on."""
+    pool = cpu_library.Pool(3)
+    bad = cpu_library.LayOutArgs(None, 0, cpu_library.Matrix(None, None, 1, 1, 9, 0))
+    fine = random_codes(16, 64, 8)
+    pack(fine, -1, pool)
+    with pytest.raises(cpu_library.OperationError) as caught:
+        pool.share_out(cpu_library.Records([("lay_out", bad)] * 40))
+    assert caught.value.code == 1 and 0 <= caught.value.index < 40
+    assert np.array_equal(pack(fine, -1, pool).data, pack(fine, -1, cpu_library.Pool(1)).data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -101,21 +102,23 @@ def stored_quant(source: Source, backend: str, spec: ModelSpec, dtype: str) -> s
 
 def decoder(
     backend: str, quant: str, spec: ModelSpec, weights: Weights, dtype: str, threads: int,
-    max_context: int,
-) -> Decoder:  # fmt: skip
-    """The decoder of a chosen backend; native ones lay the weights out and let them go."""
+    max_context: int, meanwhile: Callable[[], Any],
+) -> tuple[Decoder, Any]:  # fmt: skip
+    """The decoder of a chosen backend, and what `meanwhile` returned; native ones lay the weights
+    out, with `meanwhile` beside it where they can, and let them go.
+    """
     if backend == "reference":
-        return module(backend).Decoder(spec, weights)
+        return module(backend).Decoder(spec, weights), meanwhile()
     if backend == "gpu":
         from cpmcu import gpu_weights
 
         device, kind = gpu_device.required(), getattr(_torch.torch, dtype)
         laid_out = gpu_weights.pack_model(spec, weights, quant, kind, device)
-        return module(backend).Decoder(spec, laid_out, kind, device)
-    from cpmcu import cpu_library
+        return module(backend).Decoder(spec, laid_out, kind, device), meanwhile()
+    from cpmcu import cpu_library, huge_pages
     from cpmcu.cpu_weights import pack_model
 
     pool = cpu_library.Pool(threads)
-    packed = pack_model(spec, weights, quant, pool)
-    cpu_library.give_back()
-    return module(backend).Decoder(spec, packed, dtype, pool, plan.CHUNK, max_context)
+    packed, answer = pack_model(spec, weights, quant, pool, meanwhile)
+    huge_pages.give_back()
+    return module(backend).Decoder(spec, packed, dtype, pool, plan.CHUNK, max_context), answer

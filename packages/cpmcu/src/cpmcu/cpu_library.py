@@ -166,6 +166,8 @@ class Kernels:
         library.cpmcu_join_texts.argtypes = [c_void_p, *[c_int64] * 3, c_void_p]
         library.cpmcu_run.restype = c_int32
         library.cpmcu_run.argtypes = [c_void_p, c_void_p, c_int32]
+        library.cpmcu_share_out.restype = c_int32
+        library.cpmcu_share_out.argtypes = [c_void_p, c_void_p, c_int32, c_void_p]
 
     def size(self, name: str, struct: Structure) -> int:
         """A size that the library computes, one of `SIZES`, from the structure it wants; "work" is
@@ -189,11 +191,11 @@ class Kernels:
 
 
 class OperationError(RuntimeError):
-    """What an operation answered, as `code`: see `csrc/args.h`."""
+    """What an operation answered, as `code`: see `csrc/args.h`; and which of those shared out."""
 
-    def __init__(self, code: int) -> None:
+    def __init__(self, code: int, index: int = -1) -> None:
         super().__init__(f"an operation failed with code {code}: please report this")
-        self.code = code
+        self.code, self.index = code, index
 
 
 class Pool:
@@ -219,11 +221,24 @@ class Pool:
         Raises:
             OperationError: an operation answered with an error.
         """
+        if error := self._library.cpmcu_run(self._open(), records.address, records.count):
+            raise OperationError(error)
+
+    def share_out(self, records: Records) -> None:
+        """Go through records that do not depend on each other, in any order, each on one thread;
+        Python's lock is free meanwhile, and who takes it keeps no thread waiting.
+
+        Raises:
+            OperationError: an operation answered with an error.
+        """
+        share_out, failed = self._library.cpmcu_share_out, c_int32()
+        if error := share_out(self._open(), records.address, records.count, ctypes.byref(failed)):
+            raise OperationError(error, failed.value)
+
+    def _open(self) -> int:
         if not self._pool:
             raise RuntimeError("the pool is closed")
-        error = self._library.cpmcu_run(self._pool, records.address, records.count)
-        if error:
-            raise OperationError(error)
+        return self._pool
 
     def close(self) -> None:
         """End the threads."""
@@ -269,15 +284,6 @@ def native_bf16() -> bool:
         return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     except OSError:
         return False
-
-
-def give_back() -> None:
-    """Let the C library return freed memory to the system, where it can be asked to: loading leaves
-    tens of megabytes of gaps.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def loaded() -> Kernels:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,19 +42,99 @@ class PackedMatrix:
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
-def pack(weight: Any, kind: int, pool: c.Pool, arena: Arena | None = None) -> PackedMatrix:
-    """Lay out weights; integers are quantised, 32 columns to a scale. Codes stay as they are.
+class Layouts:
+    """Matrices to be laid out, a few at a time, by all threads of a pool.
+
+    Nothing is read before `finish`, or before what waits has `MOST` bytes: what `add` was given is
+    held until then.
 
     Args:
-        weight: `[rows, cols]`, what `stored.of` takes: float32 or bfloat16, or codes.
-        kind: FLOAT32, BFLOAT16, INT8 or INT4 of `cpu_library`; codes have their own.
         pool: threads that do it.
-        arena: where the matrix goes; None: memory of its own.
-
-    Raises:
-        ValueError: the columns do not fill the layout's units, or a scale is not finite.
+        meanwhile: called in this thread, once, while the others are at it; `finish` gives what it
+            returned. It may well hold Python's lock for long.
     """
-    given = stored.of(weight)
+
+    MOST, SLICE = 64 << 20, 1 << 20
+
+    def __init__(self, pool: c.Pool, meanwhile: Callable[[], Any] | None = None) -> None:
+        self._pool, self._meanwhile, self._answer = pool, meanwhile, None
+        self._waiting: list[tuple[Part, Any, PackedMatrix]] = []  # memory stays while it waits
+        self._bytes = 0
+
+    def add(self, weight: Any, kind: int, arena: Arena | None = None) -> PackedMatrix:
+        """A matrix that `finish` will fill; arguments as in `pack`.
+
+        Raises:
+            ValueError: the columns do not fill the layout's units, or a scale is not finite.
+        """
+        given = stored.of(weight)
+        matrix = _room(given, kind, arena or Arena(2 << 20))
+        done = 0
+        for part in given.parts():
+            self._slice(part, matrix, done, given)
+            done += part.shape[0]
+            self._bytes += part.memory.nbytes
+            if self._bytes >= self.MOST:
+                self._run()
+        if done != given.shape[0]:
+            raise ValueError(
+                f"the parts of a matrix have {done} rows together, expected {given.shape[0]}"
+            )
+        return matrix
+
+    def finish(self) -> Any:
+        """All matrices are laid out when this returns.
+
+        Raises:
+            ValueError: a scale is not finite.
+        """
+        self._run()
+        return self._answer
+
+    def _slice(self, part: Part, matrix: PackedMatrix, first: int, whole: Stored) -> None:
+        """Pieces of a part: threads that take one after the other end at about the same time."""
+        kept = whole.quant is not None
+        through = not kept and whole.dtype == "bfloat16" and part.source != "bfloat16"
+        rows, scales = part.shape[0], part.group and part.shape[1] // part.group * 2
+        # Rows that change places do so within a part.
+        step = rows if part.heads else max(16, self.SLICE // max(1, part.row_bytes) // 16 * 16)
+        memory, of_scales = c.address(part.memory), c.address(part.scales)
+        for at in range(0, rows, max(1, step)):
+            args = c.LayOutArgs(
+                memory + at * part.row_bytes, part.row_bytes, matrix.struct,
+                of_scales and of_scales + at * scales, c.SOURCES[part.source], part.group,
+                first + at, min(step, rows - at), part.heads, through, kept,
+            )  # fmt: skip
+            self._waiting.append((part, args, matrix))
+
+    def _run(self) -> None:
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        meanwhile, self._meanwhile = self._meanwhile, None
+        records = c.Records([("lay_out", args) for _, args, _ in waiting])
+        failed: list[c.OperationError] = []
+
+        def work() -> None:
+            try:
+                self._pool.share_out(records)
+            except c.OperationError as error:
+                failed.append(error)
+
+        if meanwhile is None:
+            work()
+        else:
+            thread = threading.Thread(target=work)
+            thread.start()
+            try:
+                self._answer = meanwhile()
+            finally:
+                thread.join()
+        for error in failed:
+            if error.code == 2:
+                raise ValueError(waiting[error.index][0].fault) from None
+            raise error
+
+
+def _room(given: Stored, kind: int, arena: Arena) -> PackedMatrix:
     (rows, cols), group = given.shape, GROUP
     if given.quant is not None:
         kind, group = KINDS[given.quant], given.group
@@ -62,41 +144,39 @@ def pack(weight: Any, kind: int, pool: c.Pool, arena: Arena | None = None) -> Pa
             f"{'int8 and int4' if unit == GROUP else 'bfloat16'} weights need a multiple of {unit} "
             f"columns, got {given.shape}: take another quant"
         )
-    integers = kind in (c.INT8, c.INT4)
-    panels = -(-rows // 16)
+    integers, scales = kind in (c.INT8, c.INT4), None
     matrix = c.Matrix(None, None, rows, cols, kind, group if integers else 0)
-    arena, scales = arena or Arena(2 << 20), None
     data = arena.empty(c.loaded().size("matrix_bytes", matrix))
     if integers:
-        scales = arena.empty(2 * panels * cols // group * 16).view(np.uint16)
+        scales = arena.empty(2 * -(-rows // 16) * cols // group * 16).view(np.uint16)
     matrix.data, matrix.scales = c.address(data), c.address(scales)
-    done = 0
-    for part in given.parts():
-        _lay_out(part, matrix, done, given, pool)
-        done += part.shape[0]
-    if done != rows:
-        raise ValueError(f"the parts of a matrix have {done} rows together, expected {rows}")
     return PackedMatrix(data, scales, matrix)
 
 
-def _lay_out(part: Part, matrix: Any, first: int, whole: Stored, pool: c.Pool) -> None:
-    kept = whole.quant is not None
-    through = not kept and whole.dtype == "bfloat16" and part.source != "bfloat16"
-    args = c.LayOutArgs(
-        c.address(part.memory), part.row_bytes, matrix, c.address(part.scales),
-        c.SOURCES[part.source], part.group, first, part.shape[0], part.heads, through, kept,
-    )  # fmt: skip
-    try:
-        pool.run(c.Records([("lay_out", args)]))
-    except c.OperationError as error:
-        if error.code == 2:
-            raise ValueError(part.fault) from None
-        raise
+def pack(weight: Any, kind: int, pool: c.Pool) -> PackedMatrix:
+    """Lay out weights; integers are quantised, 32 columns to a scale. Codes stay as they are.
+
+    Args:
+        weight: `[rows, cols]`, what `stored.of` takes: float32 or bfloat16, or codes.
+        kind: FLOAT32, BFLOAT16, INT8 or INT4 of `cpu_library`; codes have their own.
+        pool: threads that do it.
+
+    Raises:
+        ValueError: the columns do not fill the layout's units, or a scale is not finite.
+    """
+    layouts = Layouts(pool)
+    matrix = layouts.add(weight, kind)
+    layouts.finish()
+    return matrix
 
 
-def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> Weights:
+def pack_model(
+    spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool,
+    meanwhile: Callable[[], Any] | None = None,
+) -> tuple[Weights, Any]:  # fmt: skip
     """All weights in one kind, norms and biases in float32. With "int4" and "ternary" embedding and
-    head have 8 bits, and so have a layer's matrices that are not ternary.
+    head have 8 bits, and so have a layer's matrices that are not ternary. And what `meanwhile`
+    returned (`Layouts`).
 
     Layers of `weights` are taken one by one; where they are read only then (`tensors.load`), both
     layouts are never held whole.
@@ -106,21 +186,22 @@ def pack_model(spec: ModelSpec, weights: Weights, quant: str, pool: c.Pool) -> W
     """
     outer = c.INT8 if quant in ("int4", "ternary") else KINDS[quant]
 
-    found, arena = 0, Arena()
+    found, arena, layouts = 0, Arena(), Layouts(pool, meanwhile)
 
     def inner(x: Any) -> PackedMatrix | TernaryWeights:
         nonlocal found
         if quant != "ternary":
-            return pack(x, KINDS[quant], pool, arena)
+            return layouts.add(x, KINDS[quant], arena)
         packed = cpu_ternary.pack(x, pool)
         found += packed is not None
-        return packed or pack(x, c.INT8, pool, arena)
+        return packed or layouts.add(x, c.INT8, arena)
 
-    embedding = pack(weights.embedding, outer, pool, arena)
-    head = embedding if spec.tie else pack(weights.head, outer, pool, arena)
+    embedding = layouts.add(weights.embedding, outer, arena)
+    head = embedding if spec.tie else layouts.add(weights.head, outer, arena)
     norm = stored.vector(weights.norm)
     weights.embedding = weights.head = None
     layers = [layer.mapped(inner, stored.vector) for layer in weights.layers]
+    answer = layouts.finish()
     if quant == "ternary":
         check_found(found)
-    return Weights(embedding, layers, norm, head)
+    return Weights(embedding, layers, norm, head), answer

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,15 @@ log = logging.getLogger("cpmcu")
 class Engine(Session):
     """A model, and a session on it; `session` opens others.
 
-    Make one with `from_pretrained`, or from a spec and filled weights.
+    Make one with `from_pretrained`, or from a spec, filled weights, and a tokenizer or
+    what loads it.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
         weights: Weights,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Tokenizer | Callable[[], Tokenizer | None] | None = None,
         *,
         quant: str = "auto",
         sparse: str | SparseAttention = "auto",
@@ -46,10 +49,13 @@ class Engine(Session):
             plan.check_context(max_context, spec),
         )
         quant = plan.resolve_quant(quant, dtype)
-        made = backends.decoder(backend, quant, spec, weights, dtype,
-                                threads or thread_count.default(), max_context)  # fmt: skip
+        loading = tokenizer if callable(tokenizer) else lambda: tokenizer
+        made, words = backends.decoder(
+            backend, quant, spec, weights, dtype, threads or thread_count.default(), max_context,
+            loading,
+        )  # fmt: skip
         super().__init__(
-            Loaded(spec=spec, tokenizer=tokenizer, dtype=dtype, quant=quant, backend=backend,
+            Loaded(spec=spec, tokenizer=words, dtype=dtype, quant=quant, backend=backend,
                    decoder=made, max_context=max_context, threads=threads)
         )  # fmt: skip
 
@@ -111,9 +117,9 @@ class Engine(Session):
             max_context = plan.fit_context(spec, compute, max_context, memory_limit, quant,
                                            chosen)  # fmt: skip
         max_context = plan.check_context(max_context, spec)
-        words = tokenizer.load(source)
         keep = stored is not None and quant == source.quant
         weights = load(source, compute, codes=keep, native=chosen == "cpu", progress=progress)
+        words = partial(tokenizer.load, source)  # while the weights are laid out: it takes as long
         engine = cls(spec, weights, words, quant=quant, sparse=spec.sparse or "off", kv=kv,
                      backend=chosen, max_context=max_context, threads=threads)  # fmt: skip
         log.info("%s: backend %s, %s weights, %s, %s attention, %d tokens of context", path,

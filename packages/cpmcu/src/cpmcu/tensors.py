@@ -238,8 +238,8 @@ def load(
 
     `layers` are read as they are taken, one after the other, and once: who changes their layout
     never holds both whole. Names, dtypes and shapes are checked before the first is read.
-    `progress(done, total)` is called per layer. With `native` matrices are `Stored`, to be laid out
-    before the next layer is taken, and vectors arrays: what `cpu_weights.pack_model` takes.
+    `progress(done, total)` is called per layer. With `native` matrices are `Stored`, which
+    read nothing before they are laid out, and vectors arrays: what `cpu_weights.pack_model` takes.
 
     Raises:
         ValueError: a file is damaged or not of this model.
