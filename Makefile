@@ -50,7 +50,7 @@ run: setup ## Run the quickstart: raw text to a small model and a report (resume
 
 # Two workers of one thread each: two threads in each of two processes on two cores wait for each other.
 test: setup ## Run every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup ## Check style, and that the copies of common/ have not drifted
 	$(BIN)/ruff check .

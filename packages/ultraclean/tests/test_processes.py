@@ -18,6 +18,7 @@ from ultraclean import make_base, zero_config
 from ultraclean.processes import Alone, launched
 from ultraclean.proxy_model import load, train
 
+pytestmark = pytest.mark.slow
 SEEDS, LENGTH = 2, 64
 
 
