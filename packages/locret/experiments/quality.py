@@ -1,6 +1,7 @@
 """What compression costs on RULER tasks: NLL of the right answer, by scorer, option and budget.
 
-`hidden`: the context is compressed before the question is read. `known`: the question is the last
+`hidden`: the context is compressed before the question is read; `both` is the heads' score and
+KeyDiff's together. `known`: the question is the last
 of what is compressed, so scorers that look at the last queries see it; for Locret-Q it also stands
 first. `options`: entries coded, merged or shared differently, question hidden; by KeyDiff, which
 retrieves best here and so has most to lose. In a group all keep the same number of entries, read
@@ -26,6 +27,7 @@ import typer
 from shared import HERE, RUNS, Cells, parts, question_texts, smollm2_heads, spoken, texts
 from torch import Tensor
 
+from locret import HeadsAndKeyDiff
 from locret._cli import run
 from locret.evaluate import answer_nll, sizes
 from locret.generation import query_first
@@ -38,15 +40,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "keydiff-merge": {"merge": 0.8},
     "keydiff-by-layer": {"budgets": "layer"},
     "keydiff-by-head": {"budgets": "head"},
+    "both-by-head": {"budgets": "head"},
     "heads-by-layer": {"budgets": "layer"},
     "heads-by-head": {"budgets": "head"},
 }
 # (names, budgets) of each group; the first name is what the others are compared with.
 GROUPS = {
-    "hidden": (("heads", "keydiff", "random", "streaming", "expected", "snapkv",
+    "hidden": (("both", "heads", "keydiff", "random", "streaming", "expected", "snapkv",
                 "keynorm"), BUDGETS),
     "known": (("locret-q", "keydiff", "snapkv", "snapkv-once", "heads"), BUDGETS),
-    "options": (("keydiff", "heads", *OPTIONS), BUDGETS[1:]),
+    "options": (("keydiff", "heads", "both", *OPTIONS), BUDGETS[1:]),
 }  # fmt: skip
 MAKE: dict[str, Callable] = {
     "heads": texts,
@@ -65,8 +68,10 @@ def arms(group: str) -> list[str]:
     return [FULL, *(f"{mode} {name} {budget:g}" for budget in budgets for name in names)]
 
 
-def plan(tasks: list[str], samples: int, heads: dict[str, Any]) -> Iterator[tuple[str, Callable]]:
-    """Names and computations of all cells, a group of arms of a task after the other."""
+def plan(
+    tasks: list[str], groups: list[str], samples: int, heads: dict[str, Any]
+) -> Iterator[tuple[str, Callable]]:
+    """Names and computations of all cells, group after group; its tasks get on alike."""
     loaded: dict[Any, Any] = {}
 
     def cell(task: str, start: int, arm: str) -> list[float]:
@@ -88,9 +93,9 @@ def plan(tasks: list[str], samples: int, heads: dict[str, Any]) -> Iterator[tupl
             found.append(round(answer_nll(model, eye, prompt, rest, gold, config), 4))
         return found
 
-    for task in tasks:
-        for group in GROUPS:
-            for start in range(0, samples, BLOCK):
+    for group in groups:
+        for start in range(0, samples, BLOCK):
+            for task in tasks:
                 for arm in arms(group):
                     yield f"{task} | {arm} | {start}", partial(cell, task, start, arm)
 
@@ -172,6 +177,9 @@ def show(group: str, found: dict[str, dict[str, list[float]]]) -> str:
 @app.command()
 def main(
     task: Annotated[list[str] | None, typer.Option(help="RULER task; repeat it.")] = None,
+    group: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(GROUPS)}; repeat it. [all]")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Of each task.")] = 64,
     minutes: Annotated[float, typer.Option(help="Start nothing later; run again to go on.")] = 1e9,
     windows: Annotated[int, typer.Option(help="Texts the heads are trained on.")] = 128,
@@ -181,11 +189,15 @@ def main(
     """RULER on SmolLM2-135M-Instruct at 1K tokens, 25 % and 12.5 % kept: NLL of the right answer
     after compression by trained heads and by training-free scorers, the question hidden or known.
     Prints the tables of what is finished; run again to go on."""
+    if unknown := set(group or ()) - set(GROUPS):
+        raise ValueError(f"--group must be one of {', '.join(GROUPS)}, got {unknown.pop()!r}")
     trained = {n: smollm2_heads(windows, heads / n, make=make) for n, make in MAKE.items()}
     overlap = {name: facts["overlap"] for name, (_, facts) in trained.items()}
     settings = {"tokens": TOKENS, "chunk": CHUNK, "dtype": "bfloat16", "overlap": overlap}
     cells = Cells(out, settings, minutes)
-    cells.fill(plan(list(task or TASKS), samples, {n: found for n, (found, _) in trained.items()}))
+    eyes: dict[str, Any] = {name: found for name, (found, _) in trained.items()}
+    eyes["both"] = HeadsAndKeyDiff(eyes["heads"])
+    cells.fill(plan(list(task or TASKS), list(group or GROUPS), samples, eyes))
     found = {group: gathered(cells.cells, group) for group in GROUPS}
     cells.save(
         tests={

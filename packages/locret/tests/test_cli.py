@@ -83,9 +83,10 @@ def test_eval_compares_heads_and_scorers(model: Path, text: Path, heads: Path) -
         "--scorer", "h2o",
     )  # fmt: skip
     last = json.loads(output.splitlines()[-1])
-    assert set(last["overlap"]) == {"heads", "random", "h2o"} and last["budgets"] == [1.0, 0.25]
+    names = {"heads", "heads, keydiff", "random", "h2o"}
+    assert set(last["overlap"]) == names and last["budgets"] == [1.0, 0.25]
     assert all(0 <= value <= 1 for value in last["overlap"].values())
-    for name in ("heads", "random", "h2o"):  # with room for all it is the model
+    for name in names:  # with room for all it is the model
         assert last["nll"][name][0] == pytest.approx(last["nll"]["full"][0], abs=1e-3)
         assert last["nll"][name][1] != pytest.approx(last["nll"]["full"][1], abs=1e-3)
 
@@ -100,6 +101,8 @@ def test_generate_continues_and_answers(model: Path, text: Path, heads: Path) ->
     asked = run("generate", model, *prompt, *sizes, "--question", "w1 w2", "--question", "w3")
     lines = [line for line in asked.splitlines() if line.startswith("w")]
     assert lines[0].startswith("w1 w2") and lines[1].startswith("w3")
+    both = run("generate", model, *prompt, "--heads", heads, "--keydiff", 1e6, *sizes)
+    assert both == run("generate", model, *prompt, "--scorer", "keydiff", *sizes)
 
 
 def test_bench_times_both(model: Path) -> None:
@@ -140,6 +143,10 @@ def test_errors_are_one_line_and_exit_code_2(model: Path, text: Path, tmp_path: 
     assert bad.stderr.count("\n") == 1
     for arguments, message in (
         (("generate", model, "--prompt-file", text, "--scorer", "best"), "--scorer must be one of"),
+        (
+            ("generate", model, "--prompt-file", text, "--keydiff", "-1"),
+            "--keydiff must be 0 or more",
+        ),
         (("generate", model, "--prompt-file", tmp_path / "no"), "does not exist"),
         (("generate", model, "--prompt-file", text, "--heads", tmp_path), "makes heads"),
         (("visualize", model, "--prompt-file", text, "-o", "x.pdf"), "must be .png or .svg"),
@@ -162,10 +169,13 @@ def test_query_aware_heads_read_the_question_first(model: Path, text: Path, tmp_
     output = run("generate", model, *source, *sizes, "--question", "w7 w8", "--question", "w9")
     first, second = output.splitlines()
     assert first.startswith("w7 w8") and second.startswith("w9")
+    few = ("--budget", 8, "--chunk", 4, "--local", 8, "--new", 4, "--question", "w7 w8")
+    both = run("generate", model, *source, *few, "--keydiff", 1e-9)  # still read first
+    assert both == run("generate", model, *source, *few)
     output = run("eval", model, "--heads", tmp_path, "--data", text, "--scorer", "streaming",
                  "--budget", 0.5, "--texts", 2, "--length", 64, "--answer", 8)  # fmt: skip
     found = json.loads(output.splitlines()[-1])
-    assert set(found["overlap"]) == {"heads", "streaming"}
+    assert set(found["overlap"]) == {"heads", "heads, keydiff", "streaming"}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ transformers = pytest.importorskip("transformers")
 
 from locret import (  # noqa: E402
     SCORERS,
+    HeadsAndKeyDiff,
     LocretCache,
     LocretConfig,
     RetainingHeads,
@@ -87,11 +88,11 @@ def test_it_keeps_and_sees_what_the_reference_does(model, heads) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scorer", ["heads", *SCORERS])
+@pytest.mark.parametrize("scorer", ["heads", "both", *SCORERS])
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 def test_rows_give_what_they_give_alone(model, heads, scorer: str, positions: str) -> None:
     config = LocretConfig(budget=16, chunk=8, stabilisers=4, local=5, sinks=2, positions=positions)
-    kind = heads if scorer == "heads" else scorer
+    kind = {"heads": heads, "both": HeadsAndKeyDiff(heads)}.get(scorer, scorer)
     ids, mask = tokens(3, 60), torch.ones(3, 60, dtype=torch.long)
     mask[1, :23] = 0  # left
     mask[2, :57] = 0  # shorter than anything
@@ -122,9 +123,9 @@ def test_right_padding_changes_neither_logits_nor_choice(model, heads) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scorer", ["heads", *SCORERS])
+@pytest.mark.parametrize("scorer", ["heads", "both", *SCORERS])
 def test_no_head_ever_holds_more_than_budget_and_chunk(model, heads, scorer: str) -> None:
-    kind, ids = heads if scorer == "heads" else scorer, tokens(1, 100)
+    kind, ids = {"heads": heads, "both": HeadsAndKeyDiff(heads)}.get(scorer, scorer), tokens(1, 100)
     cache = LocretCache(SMALL)
     with locret(model, kind, SMALL):
         model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache,

@@ -6,7 +6,7 @@ import torch
 testbed = pytest.importorskip("testbed")
 pytest.importorskip("transformers")
 
-from locret import LocretConfig, prefill  # noqa: E402
+from locret import HeadsAndKeyDiff, LocretConfig, RetainingHeads, prefill  # noqa: E402
 from locret.interface import exchanged  # noqa: E402
 from locret.scorers import SCORERS, ExpectedAttention, KeyDiff, SnapKV  # noqa: E402
 
@@ -62,6 +62,34 @@ def test_keydiff_keeps_what_is_unlike_the_mean(seen) -> None:
     unit = call.k[0] / call.k[0].norm(dim=-1, keepdim=True)
     cosine = torch.cosine_similarity(unit, unit.mean(1, keepdim=True), dim=-1)
     assert kept(model, KeyDiff(), ids) == best(-cosine)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weight", [0.0, 0.7, 2.0])
+def test_heads_and_keydiff_add_up_in_standard_deviations(seen, weight) -> None:
+    """In one piece; and in chunks, where the heads' scores must follow what is kept."""
+    model, ids, call = seen
+    torch.manual_seed(4)
+    heads = RetainingHeads.for_model(model, hidden=8)
+    both = HeadsAndKeyDiff(heads, weight)
+    everything = LocretConfig(budget=64, chunk=64, stabilisers=0, local=0, positions="original")
+    said = prefill(model, heads, ids, everything).layers[0].scores[0]
+    standard = lambda x: (x - x.mean(-1, True)) / x.std(-1, unbiased=False, keepdim=True)  # noqa: E731
+
+    def score(keep: torch.Tensor) -> torch.Tensor:
+        """Of entries [J, n] in a layer that holds them."""
+        index = keep[..., None].expand(-1, -1, 16)
+        unit = torch.nn.functional.normalize(call.k[0].gather(1, index), dim=-1)
+        unlike = -torch.cosine_similarity(unit, unit.mean(1, keepdim=True), dim=-1)
+        return standard(said.gather(1, keep)) + weight * standard(unlike)
+
+    assert kept(model, both, ids) == best(score(torch.arange(60).expand(2, 60)))
+    chunks = LocretConfig(budget=20, chunk=10, stabilisers=0, local=0, positions="original")
+    held = torch.arange(20).expand(2, 20)
+    for first in range(20, 60, 10):  # keys of the first layer do not depend on what is kept
+        held = torch.cat([held, torch.arange(first, first + 10).expand(2, 10)], 1)
+        held = held.gather(1, torch.tensor(best(score(held))))
+    assert kept(model, both, ids, chunks) == held.tolist()
 
 
 def test_h2o_sums_the_attention_received(seen) -> None:

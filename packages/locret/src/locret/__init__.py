@@ -12,6 +12,7 @@ from typing import Any
 __version__ = importlib.metadata.version("minicpm4-locret")
 
 _HOME = {
+    "HeadsAndKeyDiff": "scorers",
     "HeadsConfig": "heads",
     "LocretCache": "cache",
     "LocretConfig": "config",

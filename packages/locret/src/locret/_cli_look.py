@@ -13,6 +13,7 @@ from locret._cli_options import (
     Chunk,
     Dtype,
     Heads,
+    KeyDiff,
     Local,
     Merge,
     Model,
@@ -82,6 +83,7 @@ def visualize(
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG or SVG file to write.")],
     heads: Heads = None,
     scorer: Scorer = "snapkv",
+    keydiff: KeyDiff = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Cut the prompt after so many tokens.")] = 8192,
     bins: Annotated[int, typer.Option(help="Parts of the prompt that are told apart.")] = 128,
     budget: Budget = 512,
@@ -98,7 +100,7 @@ def visualize(
     from locret.visualise import check_output, kept_map, plot_kept, save
 
     check_output(output)
-    eye = chosen(heads, scorer)
+    eye = chosen(heads, scorer, keydiff)
     config = sized(budget, chunk, stabilisers, sinks, local, budgets=budgets)
     decoder, tokenizer = load_model(model, dtype)
     ids = read_prompt(prompt_file, tokenizer, max_tokens).to(decoder.device)

@@ -29,6 +29,13 @@ Scorer = Annotated[
         help="Without --heads: snapkv, h2o, streaming, keynorm, keydiff, expected or random."
     ),
 ]
+KeyDiff = Annotated[
+    float,
+    typer.Option(
+        help="With --heads: how much a key's being unlike the others counts beside what the heads "
+        "say. 0: the heads alone, as in the paper."
+    ),
+]
 Budget = Annotated[int, typer.Option(help="Entries each head keeps between chunks, b.")]
 Chunk = Annotated[int, typer.Option(help="Tokens read at once, B.")]
 Stabilisers = Annotated[
@@ -53,13 +60,16 @@ Answer = Annotated[int, typer.Option(help="Tokens at a window's end whose querie
 Dtype = Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")]
 
 
-def chosen(heads: Path | None, scorer: str) -> Any:
+def chosen(heads: Path | None, scorer: str, keydiff: float = 0.0) -> Any:
     """Trained heads, or a scorer by name, checked before the model is read."""
     from locret.heads import RetainingHeads
-    from locret.scorers import SCORERS
+    from locret.scorers import SCORERS, HeadsAndKeyDiff
 
+    if not 0 <= keydiff < float("inf"):
+        raise ValueError(f"--keydiff must be 0 or more, got {keydiff}")
     if heads is not None:
-        return RetainingHeads.load(heads)
+        found = RetainingHeads.load(heads)
+        return HeadsAndKeyDiff(found, keydiff) if keydiff else found
     if scorer not in SCORERS:
         raise ValueError(f"--scorer must be one of {', '.join(SCORERS)}, got {scorer!r}")
     return scorer

@@ -18,6 +18,7 @@ from locret._cli_options import (
     Data,
     Dtype,
     Heads,
+    KeyDiff,
     Length,
     Local,
     Merge,
@@ -135,9 +136,11 @@ def evaluate(
     from locret.evaluate import nll_by_budget, overlaps
     from locret.heads import RetainingHeads
     from locret.models import load_model
-    from locret.scorers import SCORERS
+    from locret.scorers import SCORERS, HeadsAndKeyDiff
 
     eyes: dict[str, Any] = {"heads": RetainingHeads.load(heads)} if heads else {}
+    if heads:
+        eyes["heads, keydiff"] = HeadsAndKeyDiff(eyes["heads"])
     for name in scorer or [n for n in SCORERS if n != "h2o"]:
         eyes[name] = chosen(None, name)
     found = [text for path in data for text in read_texts(path)]
@@ -170,6 +173,7 @@ def generate(
     ] = None,
     heads: Heads = None,
     scorer: Scorer = "snapkv",
+    keydiff: KeyDiff = 0.0,
     new: Annotated[int, typer.Option(help="Most new tokens.")] = 64,
     budget: Budget = 1024,
     chunk: Chunk = 512,
@@ -194,7 +198,7 @@ def generate(
     from locret.generation import generate, prefill, query_first
     from locret.models import load_model, read_prompt
 
-    eye = chosen(heads, scorer)
+    eye = chosen(heads, scorer, keydiff)
     config = sized(
         budget, chunk, stabilisers, sinks, local, positions=positions, storage=storage,
         budgets=budgets, merge=merge,
@@ -206,7 +210,7 @@ def generate(
         out = generate(decoder, eye, ids, config, **options)
         print(tokenizer.decode(out[0], skip_special_tokens=True))
         return
-    if getattr(getattr(eye, "config", None), "query_aware", False):
+    if getattr(getattr(getattr(eye, "heads", eye), "config", None), "query_aware", False):
         for asked in question:
             more = tokenizer(asked, return_tensors="pt", add_special_tokens=False)["input_ids"]
             more = more.to(decoder.device)
@@ -228,6 +232,7 @@ def bench(
     tokens: Annotated[list[int] | None, typer.Option(help="Lengths; repeat it. [4096]")] = None,
     heads: Heads = None,
     scorer: Scorer = "keynorm",
+    keydiff: KeyDiff = 0.0,
     repeats: Annotated[int, typer.Option(help="Pairs timed; medians are shown.")] = 3,
     budget: Budget = 1024,
     chunk: Chunk = 512,
@@ -251,7 +256,7 @@ def bench(
     from locret.models import load_model
     from locret.timing import measure
 
-    eye = chosen(heads, scorer)
+    eye = chosen(heads, scorer, keydiff)
     config = sized(
         budget, chunk, stabilisers, sinks, local, storage=storage, budgets=budgets, merge=merge
     )

@@ -193,7 +193,7 @@ class _Engine:
             bias = None if layer.masses is None else layer.masses[..., : layer.held - new].log()
         out = attend(call.q, call.k, call.v, mask, call.scaling, bias)
         step = Step(call, layer, lambda p: self.rotation(p, call.k))
-        layer.scores[:, :, layer.held - new :] = self.scorer.observe(step)
+        layer.tell(self.scorer.observe(step), self.scorer.foretells)
         config = cache.config
         if not cache.evicting or config.budgets == "layer":
             return out

@@ -32,6 +32,8 @@ class LayerStore(CacheLayerMixin):
         masses: float32 `[B, J, held]`, entries that each stands for; None without merging.
         turns: int32 `[B, J, held]`, positions that coded keys have moved by since they were coded;
             None where keys are not coded, or have not moved.
+        foretold: float32 `[B, J, held]`, the score of each entry when it came, whatever `scores`
+            are since; None without a scorer that wants it.
         state: whatever a scorer keeps of this layer.
     """
 
@@ -46,6 +48,7 @@ class LayerStore(CacheLayerMixin):
         self.scores = self.positions = torch.empty(0, 0, 0)
         self.valid: Tensor | None = None
         self.masses: Tensor | None = None
+        self.foretold: Tensor | None = None
         self.turns: Tensor | None = None
         self.turn: Turn | None = None
         self.state: dict[str, Any] = {}
@@ -109,6 +112,14 @@ class LayerStore(CacheLayerMixin):
         most = self.held if self.valid is None else int(self.lane_counts().max())
         self.peak = max(self.peak, most)
 
+    def tell(self, scores: Tensor, keep: bool) -> None:
+        """Scores `[B, J, T]` of the last T entries; with `keep` they are also `foretold`."""
+        new = scores.shape[2]
+        self.scores[:, :, self.held - new :] = scores
+        if keep:
+            old = self.scores[:, :, :0] if self.foretold is None else self.foretold
+            self.foretold = torch.cat([old, scores.to(old.dtype)], 2)
+
     def lane_counts(self) -> Tensor:
         """Entries of each row and head, int64 `[B, J]`."""
         if self.valid is None:
@@ -149,6 +160,8 @@ class LayerStore(CacheLayerMixin):
             values, self.masses, changed = fused
             self.entries.write("value", values, changed)
         self.scores, self.positions = self.scores.gather(2, index), self.positions.gather(2, index)
+        if self.foretold is not None:
+            self.foretold = self.foretold.gather(2, index)
         self.held, self.valid = index.shape[2], left
         if move is None:
             return
@@ -194,7 +207,7 @@ class LayerStore(CacheLayerMixin):
     def note_bytes(self) -> int:
         """Bytes of what is noted of them: scores, positions, and what options add."""
         slots = getattr(self.entries, "slots", None)
-        notes = (self.scores, self.positions, self.masses, self.turns, slots)
+        notes = (self.scores, self.positions, self.masses, self.foretold, self.turns, slots)
         return sum(x.nbytes for x in notes if x is not None)
 
     def fork(self) -> LayerStore:

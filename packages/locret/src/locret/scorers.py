@@ -103,6 +103,33 @@ class KeyDiff(Scorer):
 
 
 @dataclass
+class HeadsAndKeyDiff(Trained):
+    """What the heads foresee, and what stands out: a name that nothing foretells is a rare key.
+
+    Not of the paper. Heads learn from the queries of some text which keys are looked at; a needle
+    that only a later question will name is not among them, but differs from what is around it.
+
+    Args:
+        heads: trained heads.
+        weight: of KeyDiff's score, when both have a spread of 1 over the entries of a head.
+    """
+
+    weight: float = 1.0
+    foretells = True
+
+    def rescore(self, layer: LayerStore) -> None:
+        """z(heads) + weight · z(KeyDiff)."""
+        KeyDiff.rescore(self, layer)
+        layer.scores[:] = _standard(layer, layer.foretold) + self.weight * _standard(
+            layer, layer.scores
+        )
+
+    def comparable(self, layer: LayerStore) -> Tensor:
+        """As they are: deviations from a head's own mean."""
+        return layer.scores
+
+
+@dataclass
 class H2O(Scorer):
     """Attention received so far, summed over queries and the group's heads (arXiv 2306.14048)."""
 
@@ -261,3 +288,11 @@ def _weights(layer: LayerStore, like: Tensor) -> Tensor:
     if layer.valid is None:
         return torch.ones_like(like[..., :1])
     return layer.valid[..., None].to(like.dtype)
+
+
+def _standard(layer: LayerStore, x: Tensor) -> Tensor:
+    """In standard deviations from the mean of a head's entries; 0 where all are equal."""
+    weight = _weights(layer, x[..., None])[..., 0]
+    count = weight.sum(-1, keepdim=True).clamp(min=1)
+    x = x - (x * weight).sum(-1, keepdim=True) / count
+    return x / ((x**2 * weight).sum(-1, keepdim=True) / count).sqrt().clamp(min=1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -75,7 +75,13 @@ def visible(valid: Tensor | None, part: slice, new: int, held: int, device: torc
 
 
 class Scorer(ABC):
-    """Base of all: static scores, given once."""
+    """Base of all: static scores, given once.
+
+    Attributes:
+        foretells: whether `rescore` wants what `observe` said, as `layer.foretold`.
+    """
+
+    foretells: ClassVar[bool] = False
 
     @abstractmethod
     def observe(self, step: Step) -> Tensor:
