@@ -6,6 +6,9 @@ namespace bitcpm {
 
 // Rows that are interleaved, and the longest span: a multiple of 5 and of 16, and 240 * 128 fits int16.
 constexpr int64_t BLOCK = 64, SPAN = 240;
+// Bytes of packed weights that one token's product asks memory for before it needs them. Processors foresee a stream, but
+// stop at every page of 4 KB.
+constexpr int64_t FAR_AHEAD = 4096;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

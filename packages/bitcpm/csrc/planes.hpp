@@ -20,6 +20,7 @@ __attribute__((noinline)) inline void multiply_planes(const char *codes, const i
     for (int64_t i = 0; i < n; i += 16, codes += 256, x += 16) {
         const I x0 = broadcast(x), x1 = broadcast(x + 4), x2 = broadcast(x + 8), x3 = broadcast(x + 12);
         const auto step = [&](const char *p, Sums &s) {
+            __builtin_prefetch(p + FAR_AHEAD);
             const I w = load(p);
             s.plane0 = dot(s.plane0, both(w, mask), x0), s.plane1 = dot(s.plane1, both(w, mask1), x1);
             s.plane2 = dot(s.plane2, both(w, mask2), x2), s.plane3 = dot(s.plane3, both(w, mask3), x3);

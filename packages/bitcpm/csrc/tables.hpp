@@ -95,6 +95,7 @@ inline void look_up(const char *codes, const char *table, int64_t n, I (*sum)[4]
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const char *p = codes + 64 * r;
+                __builtin_prefetch(p + FAR_AHEAD);
                 const __m512i x = _mm512_load_si512(p);
                 const __mmask64 negative = _mm512_movepi8_mask(x);
                 const __m512i l = _mm512_permutex2var_epi8(low0, x, low1);

@@ -26,6 +26,10 @@ inline void widen_panel(const uint8_t *from, int64_t cols, uint8_t *to) {
         for (int j = 0; j < 64; ++j) to[j] = from[j] & 15, to[64 + j] = from[j] >> 4;
 }
 
+// Bytes of weights that a single token's product asks memory for before it needs them: processors foresee a stream, but
+// stop at every page of 4 KB.
+constexpr ptrdiff_t FAR_AHEAD = 2048;
+
 // What follows makes `out` [R][N][16] for N tokens of a block of W and R panels, whose weights lie `apart` bytes from each
 // other. Several panels share the broadcasts, several tokens the loads of weights.
 
@@ -48,6 +52,7 @@ inline void integer_panels(const uint8_t *w, ptrdiff_t apart, const uint16_t *sc
             for (int r = 0; r < R; ++r) acc[r][t] = start;
         }
         for (int k = 0; k < group; k += NIBBLES ? 8 : 4, w += 64) {
+            if (N == 1) __builtin_prefetch(w + FAR_AHEAD);
             typename P::I bytes[R];
 #pragma GCC unroll 2
             for (int r = 0; r < R; ++r) bytes[r] = P::bytes(w + r * apart);
@@ -81,6 +86,7 @@ template <int N, int W, int R> inline void pair_panels(const uint8_t *w, ptrdiff
 #pragma GCC unroll 12
         for (int t = 0; t < N; ++t) acc[r][t] = P::zero();
     for (int64_t k = 0; k < cols; k += 2, w += 64, a += W * 4) {
+        if (N == 1) __builtin_prefetch(w + FAR_AHEAD);
         typename P::I weights[R];
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r) weights[r] = P::bytes(w + r * apart);
