@@ -30,7 +30,16 @@ from ultraclean.datatrove_blocks import (
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One node of two processors; its workers are processes that get the blocks pickled."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+    def ends_when_told() -> None:
+        # datatrove forks a pool in Ray's worker and ends it by SIGTERM. Ray's handler, which the
+        # children inherit, may leave one waiting for a lock, and the actor for that child, forever.
+        import signal
+
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
     ray.init(
+        runtime_env={"worker_process_setup_hook": ends_when_told},
         num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20,
         _memory=1 << 30, _temp_dir=str(tmp_path_factory.mktemp("ray", numbered=True)),
     )  # fmt: skip
