@@ -59,6 +59,11 @@ def test_what_does_not_fit_is_refused(packed_folder, tmp_path):
         gguf_name("model.other")
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothere is not a folder"):
+        export_gguf(tmp_path / "nothere", tmp_path / "model.gguf")
+
+
 def test_an_unknown_architecture_is_refused(ternary_folder, tmp_path):
     import json
 

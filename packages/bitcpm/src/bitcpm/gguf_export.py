@@ -82,6 +82,7 @@ def export_gguf(
     Raises:
         FileNotFoundError: there is no packed file.
         ImportError: gguf is not installed.
+        FileNotFoundError: there is no such folder.
         ValueError: the architecture is not known, or `kind` cannot hold a tensor.
     """
     try:
@@ -91,6 +92,8 @@ def export_gguf(
     if kind not in BLOCKS:
         raise ValueError(f"kind must be one of {', '.join(BLOCKS)}; got {kind!r}")
     source = Path(packed_dir)
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is not a folder: expected a packed model")
     config = plain_config(source)
     if (model_type := config.get("model_type")) not in ARCHITECTURES:
         raise ValueError(
