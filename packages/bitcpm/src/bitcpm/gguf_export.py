@@ -80,9 +80,8 @@ def export_gguf(
         progress: called with (tensors done, tensors in all).
 
     Raises:
-        FileNotFoundError: there is no packed file.
+        FileNotFoundError: there is no such folder, or no packed file in it.
         ImportError: gguf is not installed.
-        FileNotFoundError: there is no such folder.
         ValueError: the architecture is not known, or `kind` cannot hold a tensor.
     """
     try:
