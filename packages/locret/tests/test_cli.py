@@ -143,6 +143,7 @@ def test_errors_are_one_line_and_exit_code_2(model: Path, text: Path, tmp_path: 
     assert bad.stderr.count("\n") == 1
     for arguments, message in (
         (("generate", model, "--prompt-file", text, "--scorer", "best"), "--scorer must be one of"),
+        (("generate", model, "--prompt-file", text, "--keydiff", 1), "--keydiff needs --heads"),
         (
             ("generate", model, "--prompt-file", text, "--keydiff", "-1"),
             "--keydiff must be 0 or more",

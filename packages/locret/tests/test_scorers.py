@@ -92,6 +92,12 @@ def test_heads_and_keydiff_add_up_in_standard_deviations(seen, weight) -> None:
     assert kept(model, both, ids, chunks) == held.tolist()
 
 
+@pytest.mark.parametrize("weight", [-1.0, float("inf"), float("nan")])
+def test_a_weight_that_means_nothing_is_refused(seen, weight) -> None:
+    with pytest.raises(ValueError, match="weight must be finite and 0 or more"):
+        HeadsAndKeyDiff(RetainingHeads.for_model(seen[0], hidden=8), weight)
+
+
 def test_h2o_sums_the_attention_received(seen) -> None:
     model, ids, call = seen
     mass = attention(call).sum(1).view(2, 3, 60).sum(1)

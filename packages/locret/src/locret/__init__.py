@@ -12,7 +12,7 @@ from typing import Any
 __version__ = importlib.metadata.version("minicpm4-locret")
 
 _HOME = {
-    "HeadsAndKeyDiff": "scorers",
+    "HeadsAndKeyDiff": "heads_and_keydiff",
     "HeadsConfig": "heads",
     "LocretCache": "cache",
     "LocretConfig": "config",

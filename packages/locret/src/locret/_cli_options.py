@@ -63,13 +63,16 @@ Dtype = Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or flo
 def chosen(heads: Path | None, scorer: str, keydiff: float = 0.0) -> Any:
     """Trained heads, or a scorer by name, checked before the model is read."""
     from locret.heads import RetainingHeads
-    from locret.scorers import SCORERS, HeadsAndKeyDiff
+    from locret.heads_and_keydiff import HeadsAndKeyDiff
+    from locret.scorers import SCORERS
 
     if not 0 <= keydiff < float("inf"):
         raise ValueError(f"--keydiff must be 0 or more, got {keydiff}")
     if heads is not None:
         found = RetainingHeads.load(heads)
         return HeadsAndKeyDiff(found, keydiff) if keydiff else found
+    if keydiff:
+        raise ValueError("--keydiff needs --heads; KeyDiff alone is --scorer keydiff")
     if scorer not in SCORERS:
         raise ValueError(f"--scorer must be one of {', '.join(SCORERS)}, got {scorer!r}")
     return scorer

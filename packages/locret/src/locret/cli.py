@@ -135,8 +135,9 @@ def evaluate(
     from locret.data import examples, read_texts
     from locret.evaluate import nll_by_budget, overlaps
     from locret.heads import RetainingHeads
+    from locret.heads_and_keydiff import HeadsAndKeyDiff
     from locret.models import load_model
-    from locret.scorers import SCORERS, HeadsAndKeyDiff
+    from locret.scorers import SCORERS
 
     eyes: dict[str, Any] = {"heads": RetainingHeads.load(heads)} if heads else {}
     if heads:

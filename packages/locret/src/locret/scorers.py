@@ -97,36 +97,9 @@ class KeyDiff(Scorer):
     def rescore(self, layer: LayerStore) -> None:
         """−cos(k, mean of the unit keys held)."""
         unit = normalize(layer.all("key").float(), dim=-1)
-        weight = _weights(layer, unit)
+        weight = entry_weights(layer, unit)
         mean = (unit * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
         layer.scores[:] = -(unit * normalize(mean, dim=-1)).sum(-1)
-
-
-@dataclass
-class HeadsAndKeyDiff(Trained):
-    """What the heads foresee, and what stands out: a name that nothing foretells is a rare key.
-
-    Not of the paper. Heads learn from the queries of some text which keys are looked at; a needle
-    that only a later question will name is not among them, but differs from what is around it.
-
-    Args:
-        heads: trained heads.
-        weight: of KeyDiff's score, when both have a spread of 1 over the entries of a head.
-    """
-
-    weight: float = 1.0
-    foretells = True
-
-    def rescore(self, layer: LayerStore) -> None:
-        """z(heads) + weight · z(KeyDiff)."""
-        KeyDiff.rescore(self, layer)
-        layer.scores[:] = _standard(layer, layer.foretold) + self.weight * _standard(
-            layer, layer.scores
-        )
-
-    def comparable(self, layer: LayerStore) -> Tensor:
-        """As they are: deviations from a head's own mean."""
-        return layer.scores
 
 
 @dataclass
@@ -284,15 +257,8 @@ def as_scorer(heads: RetainingHeads | Scorer | str, model: PreTrainedModel) -> S
     return SCORERS[heads]()
 
 
-def _weights(layer: LayerStore, like: Tensor) -> Tensor:
+def entry_weights(layer: LayerStore, like: Tensor) -> Tensor:
+    """1 for entries, 0 for what is none, `[B, J, n, 1]` or its like, in the dtype of `like`."""
     if layer.valid is None:
         return torch.ones_like(like[..., :1])
     return layer.valid[..., None].to(like.dtype)
-
-
-def _standard(layer: LayerStore, x: Tensor) -> Tensor:
-    """In standard deviations from the mean of a head's entries; 0 where all are equal."""
-    weight = _weights(layer, x[..., None])[..., 0]
-    count = weight.sum(-1, keepdim=True).clamp(min=1)
-    x = x - (x * weight).sum(-1, keepdim=True) / count
-    return x / ((x**2 * weight).sum(-1, keepdim=True) / count).sqrt().clamp(min=1e-6)
