@@ -314,10 +314,19 @@ def test_what_is_done_meanwhile(most, monkeypatch):
         layouts.finish()
     layouts.finish()  # nothing is left of it
 
+    closed = cpu_library.Pool(1)
+    closed.close()
+    layouts = Layouts(closed, meanwhile)
+    with pytest.raises(RuntimeError, match="the pool is closed"):  # and not weights of nothing
+        layouts.add(codes[0], -1)
+        layouts.finish()
+
     parts = [
         Part(c.codes.numpy(), "int8", c.shape, c.scales.numpy(), 8, 32, fault=f"part {i}")
         for i, c in enumerate(codes)
     ]
+    with pytest.raises(ValueError, match="have 144 rows together, expected 96"):
+        pack(Stored(lambda: parts, (96, 64), "float32", 8, 32), -1, pool)
     parts[1].scales[40, 1] = np.inf
     with pytest.raises(ValueError, match="part 1"):
         pack(Stored(lambda: parts, (144, 64), "float32", 8, 32), -1, pool)

@@ -71,9 +71,10 @@ class Layouts:
         matrix = _room(given, kind, arena or Arena(2 << 20))
         done = 0
         for part in given.parts():
-            self._slice(part, matrix, done, given)
+            if done + part.shape[0] <= given.shape[0]:  # no row is written behind the matrix
+                self._slice(part, matrix, done, given)
+                self._bytes += part.memory.nbytes
             done += part.shape[0]
-            self._bytes += part.memory.nbytes
             if self._bytes >= self.MOST:
                 self._run()
         if done != given.shape[0]:
@@ -111,12 +112,12 @@ class Layouts:
         waiting, self._waiting, self._bytes = self._waiting, [], 0
         meanwhile, self._meanwhile = self._meanwhile, None
         records = c.Records([("lay_out", args) for _, args, _ in waiting])
-        failed: list[c.OperationError] = []
+        failed: list[Exception] = []
 
         def work() -> None:
             try:
                 self._pool.share_out(records)
-            except c.OperationError as error:
+            except Exception as error:  # of the other thread: raised in this one
                 failed.append(error)
 
         if meanwhile is None:
@@ -129,7 +130,7 @@ class Layouts:
             finally:
                 thread.join()
         for error in failed:
-            if error.code == 2:
+            if isinstance(error, c.OperationError) and error.code == 2:
                 raise ValueError(waiting[error.index][0].fault) from None
             raise error
 
