@@ -27,7 +27,7 @@ typedef struct {
 //   BFLOAT16  [cols / 2][16][2]
 //   INT8      [cols / 4][16][4], bytes w + 128
 //   INT4      [cols / 8][16][4], bytes with w + 8 of columns 8 i + j below, of 8 i + 4 + j above
-// and for the integers one float16 scale for `group` columns of a row: scales [panel][cols / group][16].
+// and for the integers one float16 scale for `group` columns, at most 128, of a row: scales [panel][cols / group][16].
 // ROWS are somebody else's weights (bitcpm's), whose operations take activations as rows of floats.
 enum { CPMCU_FLOAT32 = 0, CPMCU_BFLOAT16 = 1, CPMCU_INT8 = 2, CPMCU_INT4 = 3, CPMCU_ROWS = 4 };
 typedef struct {
@@ -39,13 +39,14 @@ typedef struct {
 
 // What a matrix is multiplied by: T rows of `cols` numbers, in blocks of 12 tokens (one token alone: a block of 1).
 // Within a block of W: floats [cols][W], bfloat16 [cols / 2][W][2], int8 [cols / 4][W][4]; ROWS: floats [T][cols]. For
-// integers, with the groups of the matrix, `scales` [block][cols / group][W] and `offsets` likewise: minus the matrix's zero
-// point times the sum of the group. Or, where there are matrix tiles and the step has many tokens, blocks of 16 tokens in
+// integers, with the groups of the matrix, `scales` [block][cols / group][W]; `offsets` likewise: minus the matrix's zero
+// point times the sum of the group; and for INT8 `zeros`: minus the activations' own zero point, that of a grid from the
+// least to the largest of a group (for INT4, whose weights are coarser than that, the grid is symmetric). Or, where there are matrix tiles and the step has many tokens, blocks of 16 tokens in
 // bfloat16, [cols / 32][16][32], whatever the kind but FLOAT32. Room for both: T up to a multiple of 48, 2 bytes a column.
 typedef struct {
     void *data;
     float *scales;
-    int32_t *offsets;
+    int32_t *offsets, *zeros;
     int64_t cols;
     int32_t kind, group;
 } cpmcu_packed;

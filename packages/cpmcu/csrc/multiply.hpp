@@ -2,8 +2,10 @@
 // that a token's result does not depend on how many others came with it; but where the processor has matrix tiles, many
 // tokens are multiplied by those (tiles.hpp).
 //
-// Integers: weights are unsigned bytes, activations signed ones; a group's sum is exact in 32 bits and starts from minus
-// the zero point times the activations' sum. It is then scaled by the product of both factors.
+// Integers: weights are unsigned bytes u with a zero point w0, activations signed ones q with one of their own, a0, unless
+// weights have 4 bits. A group's sum (u - w0) (q - a0) is exact in 32 bits: products of the codes, from w0 times the sum
+// of q - a0 downwards, less a0 times the sum of u. It is then scaled by the product of both factors. Sums of weights are
+// made as they pass by, once for all tokens: storing them would be 6 % more to read.
 #pragma once
 #include "args.h"
 #include "tiles.hpp"
@@ -17,7 +19,7 @@ inline int64_t panel_bytes(const cpmcu_matrix &m) {
     return m.cols * per_16[m.kind] / 16;
 }
 inline int64_t bytes_of_rows(int32_t kind, int64_t cols) { return kind == CPMCU_FLOAT32 ? 4 * cols : kind == CPMCU_BFLOAT16 ? 2 * cols : cols; }
-// Bytes a thread: two panels of integers in bfloat16.
+// Bytes a thread: two panels of integers in bfloat16, or as bytes, or the sums of their groups.
 inline int64_t multiply_work(const cpmcu_matrix &m) { return (m.kind >= CPMCU_INT8 ? 4 * ROWS * m.cols : 0) + 128; }
 
 // 4-bit weights as bytes [cols / 4][16][4], their zero point still 8.
@@ -33,29 +35,50 @@ constexpr ptrdiff_t FAR_AHEAD = 2048;
 // What follows makes `out` [R][N][16] for N tokens of a block of W and R panels, whose weights lie `apart` bytes from each
 // other. Several panels share the broadcasts, several tokens the loads of weights.
 
-// NIBBLES: two columns in a byte, as int4 is stored. Scales of the panels lie `scales_apart` from each other.
-template <int N, int W, int R, bool NIBBLES>
-inline void integer_panels(const uint8_t *w, ptrdiff_t apart, const uint16_t *scales, ptrdiff_t scales_apart, const int8_t *a,
-                           const float *a_scales, const int32_t *offsets, int64_t groups, int group, float *out) {
+// Rows [groups][N] of what belongs to groups of activations, W apart; `zeros` is null where activations have none.
+struct Groups {
+    const float *scales;
+    const int32_t *offsets, *zeros;
+    int64_t count;
+    int size;
+};
+
+// sums [groups][16] of a panel of bytes.
+inline void sum_panel(const uint8_t *w, int64_t groups, int group, int32_t *sums) {
     using P = Panel;
+    for (int64_t g = 0; g < groups; ++g, sums += ROWS) {
+        auto sum = P::none();
+        for (int k = 0; k < group; k += 4, w += 64) sum = P::dot(sum, P::bytes(w), P::ones());
+        P::store_words(sums, sum);
+    }
+}
+
+// NIBBLES: two columns in a byte, as int4 is stored. Scales of the panels lie `scales_apart` from each other, and so do the
+// sums of their groups; for a single token those are made here.
+template <int N, int W, int R, bool NIBBLES>
+inline void integer_panels(const uint8_t *w, ptrdiff_t apart, const uint16_t *scales, const int32_t *sums, ptrdiff_t scales_apart,
+                           const int8_t *a, Groups of, float *out) {
+    using P = Panel;
+    constexpr bool SUMMED = N == 1 && !NIBBLES;
     typename P::F total[R][N];
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 12
         for (int t = 0; t < N; ++t) total[r][t] = P::zero();
-    for (int64_t g = 0; g < groups; ++g, a_scales += W, offsets += W) {
-        typename P::I acc[R][N];
+    for (int64_t g = 0; g < of.count; ++g) {
+        typename P::I acc[R][N], sum = P::none();
 #pragma GCC unroll 12
         for (int t = 0; t < N; ++t) {
-            const auto start = P::unit(offsets + t);
+            const auto start = P::unit(of.offsets + g * W + t);
 #pragma GCC unroll 2
             for (int r = 0; r < R; ++r) acc[r][t] = start;
         }
-        for (int k = 0; k < group; k += NIBBLES ? 8 : 4, w += 64) {
+        for (int k = 0; k < of.size; k += NIBBLES ? 8 : 4, w += 64) {
             if (N == 1) __builtin_prefetch(w + FAR_AHEAD);
             typename P::I bytes[R];
 #pragma GCC unroll 2
             for (int r = 0; r < R; ++r) bytes[r] = P::bytes(w + r * apart);
+            if constexpr (SUMMED) sum = P::dot(sum, bytes[0], P::ones());
 #pragma GCC unroll 2
             for (int half = 0; half < (NIBBLES ? 2 : 1); ++half, a += W * 4)
 #pragma GCC unroll 12
@@ -65,11 +88,19 @@ inline void integer_panels(const uint8_t *w, ptrdiff_t apart, const uint16_t *sc
                     for (int r = 0; r < R; ++r) acc[r][t] = P::dot(acc[r][t], !NIBBLES ? bytes[r] : half ? P::high(bytes[r]) : P::low(bytes[r]), four);
                 }
         }
+        if (of.zeros) {
+#pragma GCC unroll 2
+            for (int r = 0; r < R; ++r) {
+                if constexpr (!SUMMED) sum = P::bytes(sums + r * scales_apart + g * ROWS);
+#pragma GCC unroll 12
+                for (int t = 0; t < N; ++t) acc[r][t] = P::product(acc[r][t], sum, P::unit(of.zeros + g * W + t));
+            }
+        }
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r) {
             const auto scale = P::halves(scales + r * scales_apart + g * ROWS);
 #pragma GCC unroll 12
-            for (int t = 0; t < N; ++t) total[r][t] = P::fma(P::to_float(acc[r][t]), P::mul(scale, P::set(a_scales[t])), total[r][t]);
+            for (int t = 0; t < N; ++t) total[r][t] = P::fma(P::to_float(acc[r][t]), P::mul(scale, P::set(of.scales[g * W + t])), total[r][t]);
         }
     }
 #pragma GCC unroll 2
@@ -151,10 +182,11 @@ struct Product {
         } else if (m.kind == CPMCU_BFLOAT16) {
             pair_panels<N, W, R>(w, apart, rows, m.cols, out);
         } else {
-            const int64_t groups = m.cols / m.group;
-            integer_panels<N, W, R, NIBBLES>(w, NIBBLES ? apart : ROWS * m.cols, m.scales + p * groups * ROWS, groups * ROWS,
-                                             reinterpret_cast<const int8_t *>(rows), a.from.scales + block * groups + t0,
-                                             a.from.offsets + block * groups + t0, groups, m.group, out);
+            const int64_t groups = m.cols / m.group, at = block * groups + t0;
+            const Groups of{a.from.scales + at, a.from.offsets + at, m.kind == CPMCU_INT8 ? a.from.zeros + at : nullptr, groups, m.group};
+            integer_panels<N, W, R, NIBBLES>(w, NIBBLES ? apart : ROWS * m.cols, m.scales + p * groups * ROWS,
+                                             reinterpret_cast<const int32_t *>(aligned_work()), groups * ROWS,
+                                             reinterpret_cast<const int8_t *>(rows), of, out);
         }
         for (int r = 0; r < R; ++r) finish(p + r, token, count, out + r * N * ROWS);
     }
@@ -188,6 +220,10 @@ struct Product {
             uint8_t *wide = aligned_work();
             for (int r = 0; r < R; ++r) widen_panel(w + r * panel_bytes(m), m.cols, wide + r * ROWS * m.cols);
             w = wide;
+        } else if (m.kind == CPMCU_INT8) {
+            const int64_t groups = m.cols / m.group;
+            int32_t *sums = reinterpret_cast<int32_t *>(aligned_work());
+            for (int r = 0; r < R; ++r) sum_panel(w + r * panel_bytes(m), groups, m.group, sums + r * groups * ROWS);
         }
         constexpr int N = 6;
         for (int64_t t = begin; t < end; t += N) {

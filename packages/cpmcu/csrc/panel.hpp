@@ -59,6 +59,10 @@ struct Panel {
     static I round(F a) { return _mm512_cvtps_epi32(a); }
     static void store_bytes(int8_t *p, I a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
     static F halves(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+    static I none() { return _mm512_setzero_si512(); }
+    static I ones() { return _mm512_set1_epi8(1); }
+    static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+    static void store_words(int32_t *p, I a) { _mm512_storeu_si512(p, a); }
     static I bytes(const void *p) { return _mm512_loadu_si512(p); }
     static I unit(const void *p) {
         int32_t x;
@@ -68,6 +72,14 @@ struct Panel {
     static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
     static I low(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
     static I high(I a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+    // acc + a * b, of lanes that fit into 16 bits; a is not negative
+    static I product(I acc, I a, I b) {
+#if defined(__AVX512VNNI__)
+        return _mm512_dpwssd_epi32(acc, a, b);
+#else
+        return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
+#endif
+    }
     // acc + four unsigned bytes of each lane times four signed ones
     static I dot(I acc, I w, I a) {
 #if defined(__AVX512VNNI__)
@@ -134,6 +146,11 @@ struct Panel {
     static F halves(const uint16_t *p) {
         return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
     }
+    static I none() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    static I ones() { return {_mm256_set1_epi8(1), _mm256_set1_epi8(1)}; }
+    static I add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+    static void store_words(int32_t *p, I x) { std::memcpy(p, &x, sizeof x); }
+    static I product(I acc, I x, I y) { return add(acc, {_mm256_madd_epi16(x.a, y.a), _mm256_madd_epi16(x.b, y.b)}); }
     static I bytes(const void *p) { return {_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1)}; }
     static I unit(const void *p) {
         int32_t x;
@@ -178,6 +195,11 @@ struct Panel {
     static I round(F a) { I r; for (int i = 0; i < ROWS; ++i) r.x[i] = a.x[i] == a.x[i] ? int32_t(std::rint(a.x[i])) : 0; return r; }
     static void store_bytes(int8_t *p, I a) { for (int i = 0; i < ROWS; ++i) p[i] = int8_t(a.x[i]); }
     static F halves(const uint16_t *p) { F r; for (int i = 0; i < ROWS; ++i) r.x[i] = half_to_float(p[i]); return r; }
+    static I none() { return I{}; }
+    static I ones() { I r; for (int32_t &x : r.x) x = 0x01010101; return r; }
+    static I add(I a, I b) { for (int i = 0; i < ROWS; ++i) a.x[i] += b.x[i]; return a; }
+    static void store_words(int32_t *p, I a) { std::memcpy(p, a.x, sizeof a); }
+    static I product(I acc, I a, I b) { for (int i = 0; i < ROWS; ++i) acc.x[i] += a.x[i] * b.x[i]; return acc; }
     static I bytes(const void *p) { I r; std::memcpy(r.x, p, sizeof r); return r; }
     static I unit(const void *p) {
         int32_t v;

@@ -52,12 +52,9 @@ def product(matrix, x, pool, *, bias=None, out=None, alpha=1.0):
     blocks = -(-tokens // 48) * 48
     groups = m.cols // m.group if integers else 0
     data = torch.zeros(blocks * m.cols * 4, dtype=torch.uint8)
-    scales, offsets = (
-        torch.zeros(blocks * max(1, groups)),
-        torch.zeros(blocks * max(1, groups)).int(),
-    )
+    room = torch.zeros(3, blocks * max(1, groups)).int()  # scales, offsets, zeros
     packed = c.Packed(
-        data.data_ptr(), scales.data_ptr(), offsets.data_ptr(), m.cols, m.kind, m.group
+        data.data_ptr(), *(row.data_ptr() for row in room), m.cols, m.kind, m.group
     )
     step, ones = step_of(tokens), torch.ones(m.cols)
     at = ctypes.addressof(step)
@@ -86,7 +83,10 @@ def activations(x, quant):
     if quant == "bfloat16" or in_tiles(quant, tokens):
         return x.bfloat16().double()
     parts = x.unflatten(1, (-1, 32))
-    scale = parts.abs().amax(2, keepdim=True) / 127
+    if quant == "int8":  # from the least to the largest, 0 among them
+        scale = (parts.amax(2, keepdim=True).relu() + (-parts).amax(2, keepdim=True).relu()) / 254
+    else:
+        scale = parts.abs().amax(2, keepdim=True) / 127
     codes = torch.where(scale == 0, 0.0, parts / scale).round()
     return (codes.double() * scale.double()).flatten(1)
 
@@ -152,7 +152,7 @@ def test_gates_beside_the_product_are_gates_after_it(quant, tokens, cols, ffn, p
 
     def rows_for(width, kind, group):
         room = [torch.zeros(48 * width * 4, dtype=torch.uint8)]
-        room += [torch.zeros(48 * width), torch.zeros(48 * width).int()]
+        room += [torch.zeros(48 * width), *torch.zeros(2, 48 * width).int()]
         kept.append(room)
         return room[0], c.Packed(*(t.data_ptr() for t in room), width, kind, group)
 

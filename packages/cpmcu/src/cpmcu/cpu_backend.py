@@ -183,7 +183,7 @@ class Decoder:
         if key not in self._packs:
             if m.kind == c.ROWS:
                 rows = self._rows[m.cols] = self._room(self.chunk, m.cols, "float32")
-                self._packs[key] = c.Packed(c.address(rows), None, None, m.cols, m.kind, 0)
+                self._packs[key] = c.Packed(c.address(rows), None, None, None, m.cols, m.kind, 0)
                 return self._packs[key]
             tokens, integers = -(-self.chunk // _BLOCK) * _BLOCK, m.kind in (c.INT8, c.INT4)
             groups = m.cols // m.group if integers else 0
@@ -191,8 +191,10 @@ class Decoder:
             data = self._room(tokens, m.cols * size, "uint8")
             scales = self._room(tokens, groups, "float32")
             offsets = self._room(tokens, groups, "int32")
+            zeros = self._room(tokens, groups if m.kind == c.INT8 else 0, "int32")
             self._packs[key] = c.Packed(
-                c.address(data), c.address(scales), c.address(offsets), m.cols, m.kind, m.group
+                *(c.address(part) for part in (data, scales, offsets, zeros)),
+                m.cols, m.kind, m.group,
             )  # fmt: skip
         return self._packs[key]
 

@@ -82,7 +82,7 @@ Matrix = _structure(
 )
 Packed = _structure(
     "Packed",
-    _fields(c_void_p, "data scales offsets"),
+    _fields(c_void_p, "data scales offsets zeros"),
     [("cols", c_int64)],
     _fields(c_int32, "kind group"),
 )
