@@ -30,7 +30,7 @@ import torch
 from harness import Case, main, measure
 
 import testbed
-from cpmcu import cpu_library, plan
+from cpmcu import cpu_library, plan, weight_sizes
 from cpmcu.convert import convert
 from cpmcu.loader import Source
 from cpmcu.quantise import quantise
@@ -161,7 +161,7 @@ class Bench:
         if self.llama is None:
             return []
         names = {True: "llama.cpp, flash attention", False: "llama.cpp"}
-        kinds = {"int4": "Q4_0", "int8": "Q8_0", "ternary": "TQ2_0"}
+        kinds = {"int4": "Q4_0", "int8": "Q8_0", "ternary": "TQ2_0", "Q4_1": "Q4_1"}
         kind = next(made for part, made in kinds.items() if part in model.name)
         return [
             self.start(f"{name}, {kind}", self.llama, "llama", model, context, flash=flash)
@@ -267,6 +267,22 @@ def decode_cases(bench: Bench, bits: int) -> Iterator[Case]:
                   gate, DECODE_BARS[at] if bits == 4 else None, at=at, steps=64)  # fmt: skip
 
 
+def file_cases(bench: Bench) -> Iterator[Case]:
+    """SmolLM2 as it was published for llama.cpp, in Q4_1: one file, whose codes both keep."""
+    import testbed
+
+    file = testbed.smollm2_gguf()
+    ours, llamas = bench.ours(file, 4096), bench.llamas(file, 4096)
+    if not llamas:
+        return
+    gate = functools.partial(same_next_token, ours, llamas[0], IDS)
+    yield row("SmolLM2's own file, prefill 2048", "tokens/s", 2048, ours, llamas, "prefill", gate,
+              tokens=2048)  # fmt: skip
+    for at in (1, 2048):
+        yield row(f"SmolLM2's own file, decode at {at}", "tokens/s", 64, ours, llamas, "decode",
+                  gate, at=at, steps=64)  # fmt: skip
+
+
 def int8_cache_cases(bench: Bench, bits: int) -> Iterator[Case]:
     """Keys and values in 8 bits, as OpenVINO has them by default."""
     folder = bench.folder(bits)
@@ -354,7 +370,8 @@ def limits_cases(bench: Bench) -> Iterator[dict[str, Any]]:
     spec = Source(folder).spec
     bandwidth = plan.measure_bandwidth(seconds=3)
     read = (
-        plan.weight_bytes(spec, "int4") + 512 * 2 * spec.layers * spec.kv_heads * spec.head_dim * 2
+        weight_sizes.of_spec(spec, "int4")[0]
+        + 512 * 2 * spec.layers * spec.kv_heads * spec.head_dim * 2
     )
     workers = {t: bench.ours(folder, 2048, threads=t) for t in (bench.threads, 1)}
     times: dict[tuple[int, str], list[float]] = {}
@@ -449,6 +466,7 @@ def groups(bench: Bench) -> dict[str, Callable[[], Iterator[Any]]]:
             f"process {bits}": functools.partial(process_cases, bench, bits),
         }
     found |= {"bf16": functools.partial(bf16_cases, bench),
+              "file": functools.partial(file_cases, bench),
               "limits": functools.partial(limits_cases, bench),
               "ternary": functools.partial(ternary_cases, bench)}  # fmt: skip
     found |= {f"long {at}": functools.partial(long_cases, bench, at) for at in LONG_BARS}
@@ -471,7 +489,7 @@ def cases(bench: Bench, only: list[str]) -> Iterator[Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[],
-                        help='groups: "prefill 4", "decode 8", "first", "process", "bf16", '
+                        help='groups: "prefill 4", "decode 8", "first", "process", "bf16", "file", '
                         '"limits", "long 32768", "longprefill"; other rows are kept')  # fmt: skip
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sparse", default="on", help="of our engine in the long rows")

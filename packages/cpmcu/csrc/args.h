@@ -26,13 +26,14 @@ typedef struct {
 //   FLOAT32   [cols][16]
 //   BFLOAT16  [cols / 2][16][2]
 //   INT8      [cols / 4][16][4], bytes w + 128
-//   INT4      [cols / 8][16][4], bytes with w + 8 of columns 8 i + j below, of 8 i + 4 + j above
+//   INT4      [cols / 8][16][4], bytes with w + 8 of columns 8 i + j below, of 8 i + 4 + j above; with `shifts`, which
+//             lie as scales do, a weight is w * scale + shift
 // and for the integers one float16 scale for `group` columns, at most 128, of a row: scales [panel][cols / group][16].
 // ROWS are somebody else's weights (bitcpm's), whose operations take activations as rows of floats.
 enum { CPMCU_FLOAT32 = 0, CPMCU_BFLOAT16 = 1, CPMCU_INT8 = 2, CPMCU_INT4 = 3, CPMCU_ROWS = 4 };
 typedef struct {
     const void *data;
-    const uint16_t *scales;
+    const uint16_t *scales, *shifts;
     int64_t rows, cols;
     int32_t kind, group;
 } cpmcu_matrix;
@@ -139,15 +140,15 @@ typedef struct {
 } cpmcu_compress_args;
 
 // Where weights come from: numbers, int8 codes around 0, codes of 4 bits plus 8 with column 2 j in the low and 2 j + 1 in
-// the high half of byte j, or blocks of GGUF's Q4_0 and Q8_0 (csrc/lay_out.hpp).
+// the high half of byte j, or blocks of GGUF's Q4_0, Q8_0, Q4_1 and Q4_K (csrc/lay_out.hpp).
 enum {
     CPMCU_OF_FLOAT32 = 0, CPMCU_OF_BFLOAT16 = 1, CPMCU_OF_INT8 = 2, CPMCU_OF_FLOAT16 = 3, CPMCU_OF_NIBBLES = 4,
-    CPMCU_OF_Q4_0 = 5, CPMCU_OF_Q8_0 = 6
+    CPMCU_OF_Q4_0 = 5, CPMCU_OF_Q8_0 = 6, CPMCU_OF_Q4_1 = 7, CPMCU_OF_Q4_K = 8
 };
 
 // Lays out `rows` rows in one of the layouts above, from row `first` of the matrix on; a call that reaches the matrix's end
-// fills up the last panel. Codes that are `kept` keep their scales, and nothing is rounded: they are of as many bits and in
-// groups as large as the matrix's. Other codes become numbers first. Integers are made of numbers by the largest
+// fills up the last panel. Codes that are `kept` keep their scales, and nothing is rounded (but what scales and shifts are
+// products of, to float16): they are of as many bits and in groups as large as the matrix's, which has shifts if they do. Other codes become numbers first. Integers are made of numbers by the largest
 // magnitude of a group, each value to the nearest step. A scale that is not finite is error 2.
 typedef struct {
     const void *from;

@@ -54,10 +54,11 @@ inline void sum_panel(const uint8_t *w, int64_t groups, int group, int32_t *sums
 }
 
 // NIBBLES: two columns in a byte, as int4 is stored. Scales of the panels lie `scales_apart` from each other, and so do the
-// sums of their groups; for a single token those are made here.
+// sums of their groups, which for a single token are made here, and shifts. A shift is multiplied by the sum of the
+// activations: that is a start without minus the zero point of weights, which is 8 where they have shifts.
 template <int N, int W, int R, bool NIBBLES>
-inline void integer_panels(const uint8_t *w, ptrdiff_t apart, const uint16_t *scales, const int32_t *sums, ptrdiff_t scales_apart,
-                           const int8_t *a, Groups of, float *out) {
+inline void integer_panels(const uint8_t *w, ptrdiff_t apart, const uint16_t *scales, const uint16_t *shifts, const int32_t *sums,
+                           ptrdiff_t scales_apart, const int8_t *a, Groups of, float *out) {
     using P = Panel;
     constexpr bool SUMMED = N == 1 && !NIBBLES;
     typename P::F total[R][N];
@@ -99,6 +100,15 @@ inline void integer_panels(const uint8_t *w, ptrdiff_t apart, const uint16_t *sc
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r) {
             const auto scale = P::halves(scales + r * scales_apart + g * ROWS);
+            if (shifts) {
+                const auto shift = P::mul(P::halves(shifts + r * scales_apart + g * ROWS), P::set(-1.f / 8));
+#pragma GCC unroll 12
+                for (int t = 0; t < N; ++t) {
+                    const auto start = P::to_float(P::unit(of.offsets + g * W + t));
+                    total[r][t] = P::fma(P::fma(P::to_float(acc[r][t]), scale, P::mul(start, shift)), P::set(of.scales[g * W + t]), total[r][t]);
+                }
+                continue;
+            }
 #pragma GCC unroll 12
             for (int t = 0; t < N; ++t) total[r][t] = P::fma(P::to_float(acc[r][t]), P::mul(scale, P::set(of.scales[g * W + t])), total[r][t]);
         }
@@ -185,7 +195,7 @@ struct Product {
             const int64_t groups = m.cols / m.group, at = block * groups + t0;
             const Groups of{a.from.scales + at, a.from.offsets + at, m.kind == CPMCU_INT8 ? a.from.zeros + at : nullptr, groups, m.group};
             integer_panels<N, W, R, NIBBLES>(w, NIBBLES ? apart : ROWS * m.cols, m.scales + p * groups * ROWS,
-                                             reinterpret_cast<const int32_t *>(aligned_work()), groups * ROWS,
+                                             m.shifts ? m.shifts + p * groups * ROWS : nullptr, reinterpret_cast<const int32_t *>(aligned_work()), groups * ROWS,
                                              reinterpret_cast<const int8_t *>(rows), of, out);
         }
         for (int r = 0; r < R; ++r) finish(p + r, token, count, out + r * N * ROWS);
@@ -246,9 +256,10 @@ struct Product {
         for (int r = 0; r < panels; ++r) {
             const int64_t panel = r ? other : p;
             const uint8_t *from = data + panel * panel_bytes(m);
-            const uint16_t *scales = m.scales + (panel * (m.cols / m.group) + k / m.group) * ROWS;
-            m.kind == CPMCU_INT4 ? widen_to_pairs<4>(from, scales, count, m.group, wide + r * *second)
-                                 : widen_to_pairs<8>(from, scales, count, m.group, wide + r * *second);
+            const int64_t group = (panel * (m.cols / m.group) + k / m.group) * ROWS;
+            const uint16_t *scales = m.scales + group, *shifts = m.shifts ? m.shifts + group : nullptr;
+            m.kind == CPMCU_INT4 ? widen_to_pairs<4>(from, scales, shifts, count, m.group, wide + r * *second)
+                                 : widen_to_pairs<8>(from, scales, shifts, count, m.group, wide + r * *second);
         }
         return wide;
     }

@@ -146,14 +146,16 @@ inline void row_of(const cpmcu_matrix &m, int64_t r, float *to) {
         for (int64_t k = 0; k < m.cols; ++k) to[k] = to_float(reinterpret_cast<const bf16 *>(panel)[(k / 2 * ROWS + lane) * 2 + k % 2]);
     } else {
         const uint8_t *bytes = reinterpret_cast<const uint8_t *>(panel);
-        const uint16_t *scales = m.scales + r / ROWS * (m.cols / m.group) * ROWS + lane;
+        const int64_t first = r / ROWS * (m.cols / m.group) * ROWS + lane;
+        const uint16_t *scales = m.scales + first, *shifts = m.shifts ? m.shifts + first : nullptr;
         for (int64_t k = 0; k < m.cols; ++k) {
             int code;
             if (m.kind == CPMCU_INT8)
                 code = bytes[(k / 4 * ROWS + lane) * 4 + k % 4] - 128;
             else
                 code = (bytes[(k / 8 * ROWS + lane) * 4 + k % 4] >> (k / 4 % 2 * 4) & 15) - 8;
-            to[k] = float(code) * half_to_float(scales[k / m.group * ROWS]);
+            const int64_t g = k / m.group * ROWS;
+            to[k] = float(code) * half_to_float(scales[g]) + (shifts ? half_to_float(shifts[g]) : 0.f);
         }
     }
 }

@@ -74,11 +74,12 @@ inline void store_pairs(uint16_t *to, __m512 even, __m512 odd) {
 }
 
 // A panel of 8 or 4 bits as [cols / 2][16][2] in bfloat16.
-template <int BITS> inline void widen_to_pairs(const uint8_t *from, const uint16_t *scales, int64_t cols, int group, uint16_t *to) {
+template <int BITS> inline void widen_to_pairs(const uint8_t *from, const uint16_t *scales, const uint16_t *shifts, int64_t cols, int group, uint16_t *to) {
     constexpr int COLUMNS = 32 / BITS;  // in a lane
     const __m512i mask = _mm512_set1_epi32((1 << BITS) - 1);
     for (int64_t g = 0; g < cols / group; ++g, scales += ROWS) {
-        const __m512 scale = Panel::halves(scales), start = _mm512_mul_ps(scale, _mm512_set1_ps(-float(1 << (BITS - 1))));
+        const __m512 scale = Panel::halves(scales), zero = _mm512_set1_ps(-float(1 << (BITS - 1)));
+        const __m512 start = shifts ? _mm512_fmadd_ps(scale, zero, Panel::halves(shifts + g * ROWS)) : _mm512_mul_ps(scale, zero);
         for (int k = 0; k < group; k += COLUMNS, from += 64, to += COLUMNS * ROWS) {
             const __m512i lanes = _mm512_loadu_si512(from);
             __m512 x[COLUMNS];

@@ -46,8 +46,8 @@ QUANTISED = {
     "int8-p-gptq": {"method": "p-gptq", "bits": 8},
 }
 # name: (label, how). "engine" takes options of the engine, "made" a folder of QUANTISED, "exact"
-# the same without rounded activations, "llama" a type of llama.cpp's own quantiser, "ours" a
-# folder of QUANTISED as a GGUF file in llama.cpp.
+# the same without rounded activations, "file" the published GGUF, "llama" a type of llama.cpp's own
+# quantiser, "ours" a folder of QUANTISED as a GGUF file in llama.cpp.
 ROWS: dict[str, tuple[str, str, Any]] = {
     "float32": ("float32", "engine", {"dtype": "float32"}),
     "bfloat16": ("bfloat16", "engine", {"dtype": "bfloat16"}),
@@ -55,6 +55,7 @@ ROWS: dict[str, tuple[str, str, Any]] = {
     "int8-exact": ("the same, activations exact", "exact", "int8-rtn"),
     "int8-search": ("int8, searched scales", "made", "int8-rtn-search"),
     "int8-p-gptq": ("int8, P-GPTQ", "made", "int8-p-gptq"),
+    "file": ("its own file, Q4_1, codes kept", "file", None),
     "int4": ("int4, rounded to nearest", "engine", {"quant": "int4"}),
     "int4-search": ("int4, rounded, searched scales", "made", "rtn-search"),
     "gptq": ("int4, GPTQ", "made", "gptq"),
@@ -65,6 +66,7 @@ ROWS: dict[str, tuple[str, str, Any]] = {
     "p-gptq-exact": ("P-GPTQ, activations exact", "exact", "p-gptq"),
     "llama-bf16": ("llama.cpp, BF16", "llama", "BF16"),
     "llama-q8": ("llama.cpp, Q8_0", "llama", "Q8_0"),
+    "llama-file": ("llama.cpp, its own file, Q4_1", "llama-file", None),
     "llama-q4": ("llama.cpp, Q4_0", "llama", "Q4_0"),
     "llama-p-gptq": ("llama.cpp, our P-GPTQ, levelled, as Q4_0", "ours", "p-gptq"),
     "llama-drop": ("llama.cpp, our P-GPTQ, dropped, as Q4_0", "ours", "p-gptq-drop"),
@@ -175,7 +177,11 @@ class Lab:
         if how == "exact":
             exact = {"dtype": "float32", "quant": "float32", **limit}
             return losses(Engine.from_pretrained(self.made(what), **exact), windows)
+        if how == "file":
+            return losses(Engine.from_pretrained(testbed.smollm2_gguf(), **limit), windows)
         assert self.llama is not None
+        if how == "llama-file":
+            return peer_losses(self.llama, testbed.smollm2_gguf(), windows, self.work)
         if how == "ours":
             folder = self.made(what)
             path = self.work / f"{what}.gguf"
@@ -245,7 +251,7 @@ def main(
     for name, (label, how, what) in ROWS.items():
         if name in results["rows"] or (only and name not in only):
             continue
-        if how in ("llama", "ours") and llama is None:
+        if how in ("llama", "llama-file", "ours") and llama is None:
             continue
         results["rows"][name] = lab.measure(how, what, ids)
         write_json(RESULTS, results)

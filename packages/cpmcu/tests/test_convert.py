@@ -21,8 +21,8 @@ from cpmcu.loader import Source
 from cpmcu.model_files import to_config
 from cpmcu.quantise import quantise
 from cpmcu.spec import from_config
-from cpmcu.spec_gguf import gguf_name, transformers_name
-from cpmcu.tensors import Tensors, halves, pairs
+from cpmcu.spec_gguf import gguf_name, halves, pairs, transformers_name
+from cpmcu.tensors import Tensors
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
 ROPES = {

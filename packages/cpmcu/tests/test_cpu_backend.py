@@ -53,9 +53,7 @@ def product(matrix, x, pool, *, bias=None, out=None, alpha=1.0):
     groups = m.cols // m.group if integers else 0
     data = torch.zeros(blocks * m.cols * 4, dtype=torch.uint8)
     room = torch.zeros(3, blocks * max(1, groups)).int()  # scales, offsets, zeros
-    packed = c.Packed(
-        data.data_ptr(), *(row.data_ptr() for row in room), m.cols, m.kind, m.group
-    )
+    packed = c.Packed(data.data_ptr(), *(row.data_ptr() for row in room), m.cols, m.kind, m.group)
     step, ones = step_of(tokens), torch.ones(m.cols)
     at = ctypes.addressof(step)
     result = torch.full((tokens, m.rows), float("nan")) if out is None else out
@@ -255,7 +253,7 @@ def test_pools_sleep_and_end():
 
 def test_an_error_of_an_operation_is_raised(pool):
     with pytest.raises(RuntimeError, match="an operation failed with code 1"):
-        matrix = c.Matrix(None, None, 16, 32, 9, 32)
+        matrix = c.Matrix(None, None, None, 16, 32, 9, 32)
         pool.run(c.Records([("lay_out", c.LayOutArgs(None, 32, matrix, 0, 0))]))
 
 

@@ -17,8 +17,9 @@ from cpmcu.codes import Codes, nearest
 from cpmcu.cpu_weights import KINDS, Layouts, pack
 from cpmcu.loader import Source
 from cpmcu.quantise import quantise
+from cpmcu.spec_gguf import pairs
 from cpmcu.stored import Part, Stored
-from cpmcu.tensors import Tensors, pairs
+from cpmcu.tensors import Tensors
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
 native = pytest.mark.skipif(cpu_library.kernels()[0] is None, reason="no kernels")
@@ -101,12 +102,17 @@ def test_large_groups_keep_their_scales(group):
     assert torch.equal(torch.from_numpy(made.scales.view(np.float16)), scales)
 
 
-def rounding_inputs(group):
-    """The linear layer as the kernels have it: inputs in 8 bits, `group` columns to a scale."""
+def rounding_inputs(group, bits):
+    """The linear layer as the kernels have it: inputs in 8 bits, `group` columns to a scale; for
+    weights of 8 bits on a grid from the least to the largest.
+    """
 
     def linear(x, weight, bias=None):
         groups = x.unflatten(-1, (-1, group))
         step = groups.abs().amax(-1, keepdim=True) / 127
+        if bits == 8:
+            high, low = groups.amax(-1, keepdim=True), (-groups).amax(-1, keepdim=True)
+            step = (high.relu() + low.relu()) / 254
         rounded = torch.where(step == 0, 0.0, (groups / step).round() * step).flatten(-2)
         return plain_linear(rounded, weight, bias)
 
@@ -120,7 +126,8 @@ def agree(file, group, monkeypatch):
     plain = Engine.from_pretrained(file, dtype="float32", backend="reference")
     assert plain.quant == "float32"
     got, exact = ours.logits(IDS), plain.logits(IDS)
-    monkeypatch.setattr(F, "linear", rounding_inputs(group))
+    bits = {"int4": 4, "int8": 8}[ours.quant]
+    monkeypatch.setattr(F, "linear", rounding_inputs(group, bits))
     wanted = plain.logits(IDS)
     # 1e-5, but for a rounding that falls the other way here and there.
     assert float((got - wanted).norm()) < 0.6 * float((exact - wanted).norm())
@@ -336,7 +343,7 @@ def test_what_is_done_meanwhile(most, monkeypatch):
 def test_a_shared_out_record_that_fails_is_named():
     """Others may have run before it; nothing hangs, and the pool goes on."""
     pool = cpu_library.Pool(3)
-    bad = cpu_library.LayOutArgs(None, 0, cpu_library.Matrix(None, None, 1, 1, 9, 0))
+    bad = cpu_library.LayOutArgs(None, 0, cpu_library.Matrix(None, None, None, 1, 1, 9, 0))
     fine = random_codes(16, 64, 8)
     pack(fine, -1, pool)
     with pytest.raises(cpu_library.OperationError) as caught:

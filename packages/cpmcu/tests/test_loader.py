@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import testbed
-from cpmcu import Engine, plan, tensors
+from cpmcu import Engine, plan, tensors, weight_sizes
 from cpmcu.loader import Source
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
@@ -170,7 +170,8 @@ def test_unknown_quantisation_is_named(folder):
 
 def test_memory_limit(folder):
     full = Engine.from_pretrained(folder, dtype="float32")
-    limit = plan.total_bytes(full.spec, torch.float32, 1000, "float32", full.backend)
+    size, _ = weight_sizes.of_spec(full.spec, "float32")
+    limit = plan.total_bytes(full.spec, torch.float32, 1000, "float32", full.backend, size)
     small = Engine.from_pretrained(folder, dtype="float32", memory_limit=limit)
     assert small.max_context == 1000 < full.max_context == 4096
     with pytest.raises(ValueError, match=r"memory_limit=1000 is too small: 1 tokens .* raise it"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import testbed
-from cpmcu import Engine, plan
+from cpmcu import Engine, plan, weight_sizes
 from cpmcu.loader import Source
 
 
@@ -37,14 +37,15 @@ def test_packed_weights_take_what_is_planned(smollm2_folder, quant):
 
 def test_largest_context_is_the_largest(tiny_folder):
     spec = Source(tiny_folder("llama")[1]).spec
+    size, _ = weight_sizes.of_spec(spec, "float32")
     for backend in ("reference", "cpu"):
         for limit in (10_000, 600_000, 1_000_000, 3_000_000, 6_000_000, 10**9):
-            best = plan.largest_context(spec, torch.float32, limit, "float32", backend)
+            best = plan.largest_context(spec, torch.float32, limit, "float32", backend, size)
             if best:
-                total = plan.total_bytes(spec, torch.float32, best, "float32", backend)
+                total = plan.total_bytes(spec, torch.float32, best, "float32", backend, size)
                 assert total <= limit
             if best < spec.max_context:
-                total = plan.total_bytes(spec, torch.float32, best + 1, "float32", backend)
+                total = plan.total_bytes(spec, torch.float32, best + 1, "float32", backend, size)
                 assert total > limit
 
 

@@ -97,7 +97,7 @@ def stored_quant(source: Source, backend: str, spec: ModelSpec, dtype: str) -> s
         return None
     if source.kind == "ternary":
         return "ternary" if can_run(name, "ternary", spec, dtype)[0] else None
-    return source.quant
+    return source.native_quant if name == "cpu" else source.quant
 
 
 def decoder(

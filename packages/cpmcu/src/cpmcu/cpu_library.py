@@ -20,6 +20,7 @@ DTYPES = {"float32": 0, "bfloat16": 1}  # of keys, values and queries
 # Where lay_out takes weights from: numbers, codes, blocks of GGUF.
 SOURCES = {
     "float32": 0, "bfloat16": 1, "int8": 2, "float16": 3, "nibbles": 4, "Q4_0": 5, "Q8_0": 6,
+    "Q4_1": 7, "Q4_K": 8,
 }  # fmt: skip
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 OPERATIONS = (
@@ -76,7 +77,7 @@ Step = _structure(
 )
 Matrix = _structure(
     "Matrix",
-    _fields(c_void_p, "data scales"),
+    _fields(c_void_p, "data scales shifts"),
     _fields(c_int64, "rows cols"),
     _fields(c_int32, "kind group"),
 )

@@ -40,7 +40,9 @@ def _weights_of_nothing(spec: ModelSpec, quant: str) -> Weights:
 
     def matrix(rows: int, cols: int, kind: str) -> PackedMatrix:
         group = GROUP if kind in ("int8", "int4") else 0
-        return PackedMatrix(nothing, None, c.Matrix(None, None, rows, cols, KINDS[kind], group))
+        return PackedMatrix(
+            nothing, None, None, c.Matrix(None, None, None, rows, cols, KINDS[kind], group)
+        )
 
     inner = "int8" if quant == "ternary" else quant
     layer = Layer(

@@ -61,7 +61,7 @@ def pack(weight: Any, pool: c.Pool) -> TernaryWeights | None:
     matrix = LaidOut(found.codes, found.scales, found.dtype, found.group, CODEC, memory)
     pool.run(c.Records(matrix.steps))
     matrix.finish()
-    return TernaryWeights(matrix, c.Matrix(None, None, *given.shape, c.ROWS, 0))
+    return TernaryWeights(matrix, c.Matrix(None, None, None, *given.shape, c.ROWS, 0))
 
 
 def product(

@@ -29,17 +29,20 @@ class PackedMatrix:
     Attributes:
         data: bytes of the panels.
         scales: float16 bits, `[panels, cols / 32, 16]`; None for floats.
+        shifts: of 4-bit weights that have them, likewise; else None.
         struct: the same for C.
     """
 
     data: np.ndarray
     scales: np.ndarray | None
+    shifts: np.ndarray | None
     struct: Any
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        parts = self.data, self.scales, self.shifts
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 class Layouts:
@@ -94,8 +97,8 @@ class Layouts:
 
     def _slice(self, part: Part, matrix: PackedMatrix, first: int, whole: Stored) -> None:
         """Pieces of a part: threads that take one after the other end at about the same time."""
-        kept = whole.quant is not None
-        through = not kept and whole.dtype == "bfloat16" and part.source != "bfloat16"
+        kept = part.bits == whole.bits > 0
+        through = not whole.bits and whole.dtype == "bfloat16" and part.source != "bfloat16"
         rows, scales = part.shape[0], part.group and part.shape[1] // part.group * 2
         # Rows that change places do so within a part.
         step = rows if part.heads else max(16, self.SLICE // max(1, part.row_bytes) // 16 * 16)
@@ -145,13 +148,15 @@ def _room(given: Stored, kind: int, arena: Arena) -> PackedMatrix:
             f"{'int8 and int4' if unit == GROUP else 'bfloat16'} weights need a multiple of {unit} "
             f"columns, got {given.shape}: take another quant"
         )
-    integers, scales = kind in (c.INT8, c.INT4), None
-    matrix = c.Matrix(None, None, rows, cols, kind, group if integers else 0)
+    integers = kind in (c.INT8, c.INT4)
+    matrix = c.Matrix(None, None, None, rows, cols, kind, group if integers else 0)
     data = arena.empty(c.loaded().size("matrix_bytes", matrix))
-    if integers:
-        scales = arena.empty(2 * -(-rows // 16) * cols // group * 16).view(np.uint16)
-    matrix.data, matrix.scales = c.address(data), c.address(scales)
-    return PackedMatrix(data, scales, matrix)
+    scales, shifts = (
+        arena.empty(2 * -(-rows // 16) * cols // group * 16).view(np.uint16) if wanted else None
+        for wanted in (integers, given.shifted)
+    )
+    matrix.data, matrix.scales, matrix.shifts = (c.address(x) for x in (data, scales, shifts))
+    return PackedMatrix(data, scales, shifts, matrix)
 
 
 def pack(weight: Any, kind: int, pool: c.Pool) -> PackedMatrix:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cpmcu import backends, dtypes, plan, tokenizer
+from cpmcu import backends, dtypes, plan, tokenizer, weight_sizes
 from cpmcu import threads as thread_count
 from cpmcu.loader import Progress, Source
 from cpmcu.session import Loaded, Session
@@ -114,10 +114,11 @@ class Engine(Session):
         quant = plan.resolve_quant(quant, compute, stored)
         chosen = backends.choose(backend, quant, spec, compute)  # before memory is taken
         if memory_limit is not None:
+            size, _ = weight_sizes.of_source(source, quant, compute, chosen)
             max_context = plan.fit_context(spec, compute, max_context, memory_limit, quant,
-                                           chosen)  # fmt: skip
+                                           chosen, size)  # fmt: skip
         max_context = plan.check_context(max_context, spec)
-        keep = stored is not None and quant == source.quant
+        keep = stored is not None and quant == stored
         weights = load(source, compute, codes=keep, native=chosen == "cpu", progress=progress)
         words = partial(tokenizer.load, source)  # while the weights are laid out: it takes as long
         engine = cls(spec, weights, words, quant=quant, sparse=spec.sparse or "off", kv=kv,

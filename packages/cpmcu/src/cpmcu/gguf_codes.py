@@ -1,15 +1,17 @@
-"""ggml's block formats that the kernels hold exactly: Q4_0 and Q8_0, to codes and back.
+"""ggml's block formats that the kernels hold: Q4_0 and Q8_0, to codes and back.
 
     Q4_0  32 weights, 18 bytes: float16 d, then byte m has code + 8 of weight m in its low and of
           weight m + 16 in its high four bits.
     Q8_0  32 weights, 34 bytes: float16 d, then 32 signed bytes.
 
-A weight is code * d in both. All other formats are expanded, and rounded anew if they are to have
-8 or 4 bits.
+A weight is code * d in both. The CPU's kernels also hold Q4_1 and Q4_K, whose weights are shifted
+(`stored`); other formats of more than 4 bits they round to 8. The other backends expand all these,
+and round anew what is to have 8 or 4 bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 SIZE = 32  # weights of a block
 KINDS = {"Q4_0": 4, "Q8_0": 8}
+# Bits in which the CPU's kernels hold a type, with a scale for 32 weights.
+NATIVE_KINDS = KINDS | {"Q4_1": 4, "Q4_K": 4, "Q5_0": 8, "Q5_1": 8, "Q5_K": 8, "Q6_K": 8}
 
 
 def to_blocks(matrix: Codes) -> np.ndarray:
@@ -70,14 +74,13 @@ def scale_fault(file: GGUFFile, name: str) -> str:
     return str(file.error(f"tensor '{name}' has a scale that is not finite: copy the file again"))
 
 
-def quant_of(file: GGUFFile) -> str | None:
-    """The kind of weights that most of a file's layers have: "int4" for Q4_0, "int8" for Q8_0.
-
-    None where the kernels have no such kind.
+def quant_of(file: GGUFFile, kinds: Mapping[str, int] = KINDS) -> str | None:
+    """The kind of weights that most of a file's layers have: of `kinds`, "int4" or "int8"; None
+    where their type is not among them.
     """
     sizes: dict[str, int] = {}
     for name, info in file.tensors.items():
         if name.startswith("blk.") and len(info.shape) == 2:
             sizes[info.kind.name] = sizes.get(info.kind.name, 0) + prod(info.shape)
     most = max(sizes, key=lambda kind: sizes[kind], default="")
-    return f"int{KINDS[most]}" if most in KINDS else None
+    return f"int{kinds[most]}" if most in kinds else None

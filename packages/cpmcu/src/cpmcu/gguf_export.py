@@ -19,8 +19,8 @@ from cpmcu.codes import nearest
 from cpmcu.loader import Progress, Source
 from cpmcu.rope import Rope
 from cpmcu.spec import ModelSpec
-from cpmcu.spec_gguf import gguf_name, interleaved_heads
-from cpmcu.tensors import Tensors, pairs
+from cpmcu.spec_gguf import gguf_name, interleaved_heads, pairs
+from cpmcu.tensors import Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,8 +23,8 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 class Source:
     """A model on disk: its `spec`, its `kind` ("safetensors", "quantised", "gguf", "ternary").
 
-    `quant` is the kind of weights that most of it is stored in, where the kernels have it: "int4",
-    "int8" or None.
+    `quant` is the kind of weights that most of it is stored in, where all kernels have it: "int4",
+    "int8" or None; `native_quant`, where the CPU's do.
 
     Raises FileNotFoundError where nothing, or no weights, lie at `path`, and ValueError where the
     metadata is wrong. Reads headers only.
@@ -37,11 +37,13 @@ class Source:
             self.gguf = GGUFFile(self.path)
             self.kind, self.spec, self.files = "gguf", from_gguf(self.gguf), [self.path]
             self.quant = gguf_codes.quant_of(self.gguf)
+            self.native_quant = gguf_codes.quant_of(self.gguf, gguf_codes.NATIVE_KINDS)
             return
         if not self.path.is_dir():
             raise FileNotFoundError(f"{path}: no such model; expected a folder or a .gguf file")
         self.spec = from_folder(self.path)
         self.kind, self.quant = _folder_kind(read_json(self.path / "config.json"))
+        self.native_quant = self.quant
         self.files = _shards(self.path)
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cpmcu import _torch, cpu_library, dtypes, gpu_device, threads
+from cpmcu import _torch, cpu_library, dtypes, gpu_device, threads, weight_sizes
 from cpmcu import sparse as sparse_attention
 from cpmcu._torch import torch
 from cpmcu.cache import bytes_read, cache_bytes
@@ -88,33 +88,17 @@ def native_bf16() -> bool:
     return cpu_library.native_bf16()
 
 
-# Bits of a weight, the scale of its group included: of 32, or of 128 where ternary (on a GPU in
-# two bits instead of 1.6).
-_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8.5, "int4": 4.5, "ternary": 1.75}
-_GPU_BITS = _BITS | {"ternary": 2.125}
-
-
 def resolve_quant(quant: str, dtype: str, stored: str | None = None) -> str:
     """The kind of weights in memory; "auto" is `stored`, that of the file, or else `dtype`.
 
     Raises:
         ValueError: unknown.
     """
-    if quant not in ("auto", *_BITS):
-        raise ValueError(f"quant must be one of {', '.join(('auto', *_BITS))}, got {quant!r}")
+    if quant not in ("auto", *weight_sizes.BITS):
+        raise ValueError(
+            f"quant must be one of {', '.join(('auto', *weight_sizes.BITS))}, got {quant!r}"
+        )
     return (stored or dtypes.name_of(dtype)) if quant == "auto" else quant
-
-
-def weight_bytes(spec: ModelSpec, quant: str, *, gpu: bool = False) -> int:
-    """Bytes of all weights; with int4 and ternary the embedding and the head have 8 bits."""
-    bits = _GPU_BITS if gpu else _BITS
-    outer = (1 if spec.tie else 2) * spec.vocab * spec.hidden
-    inner = spec.parameters - outer
-    return round((inner * bits[quant] + outer * bits[_outer(quant)]) / 8)
-
-
-def _outer(quant: str) -> str:
-    return "int8" if quant in ("int4", "ternary") else quant
 
 
 def activation_bytes(spec: ModelSpec, dtype: str, context: int, quant: str, backend: str) -> int:
@@ -138,19 +122,22 @@ def activation_bytes(spec: ModelSpec, dtype: str, context: int, quant: str, back
     return max(ffn, attention) + spec.vocab * (4 + size) + tables
 
 
-def total_bytes(spec: ModelSpec, dtype: str, context: int, quant: str, backend: str) -> int:
-    """Weights, keys and values, and activations at `context` tokens."""
-    weights = weight_bytes(spec, quant, gpu=backend == "gpu")
+def total_bytes(
+    spec: ModelSpec, dtype: str, context: int, quant: str, backend: str, weights: int
+) -> int:
+    """`weights` bytes of weights, keys and values, and activations at `context` tokens."""
     values = activation_bytes(spec, dtype, context, quant, backend)
     return weights + cache_bytes(spec, dtype, context) + values
 
 
-def largest_context(spec: ModelSpec, dtype: str, limit: int, quant: str, backend: str) -> int:
+def largest_context(
+    spec: ModelSpec, dtype: str, limit: int, quant: str, backend: str, weights: int
+) -> int:
     """Most tokens, up to the model's own limit, whose `total_bytes` fit in `limit`; 0 if none."""
     low, high = 0, spec.max_context
     while low < high:  # total_bytes grows with the context
         middle = (low + high + 1) // 2
-        if total_bytes(spec, dtype, middle, quant, backend) <= limit:
+        if total_bytes(spec, dtype, middle, quant, backend, weights) <= limit:
             low = middle
         else:
             high = middle - 1
@@ -168,12 +155,13 @@ def check_context(wanted: int | None, spec: ModelSpec) -> int:
 
 
 def fit_context(
-    spec: ModelSpec, dtype: str, wanted: int | None, limit: int, quant: str, backend: str
-) -> int:
+    spec: ModelSpec, dtype: str, wanted: int | None, limit: int, quant: str, backend: str,
+    weights: int,
+) -> int:  # fmt: skip
     """`wanted` tokens, or as many as fit for None; ValueError where `limit` bytes are too few."""
-    fits = largest_context(spec, dtype, limit, quant, backend)
+    fits = largest_context(spec, dtype, limit, quant, backend, weights)
     if fits < (wanted or 1):
-        need = total_bytes(spec, dtype, wanted or 1, quant, backend)
+        need = total_bytes(spec, dtype, wanted or 1, quant, backend, weights)
         fix = f"lower max_context to {fits}" if fits else "raise it or take fewer bits (quant)"
         raise ValueError(
             f"memory_limit={limit} is too small: {wanted or 1} tokens of context need {need} "
@@ -241,8 +229,13 @@ def make(
     source = Source(path)
     spec = resolve_spec(source.spec, sparse, kv)
     compute = "bfloat16" if gpu and dtype == "auto" else resolve_dtype(dtype)
-    stored = "ternary" if source.kind == "ternary" else source.quant
-    quant = resolve_quant(quant, compute, stored)
+    runs = "gpu" if gpu else "reference"
+    if not gpu and backend != "reference":
+        from cpmcu import cpu_backend
+
+        runs = "cpu" if cpu_backend.is_supported(spec, compute)[0] else runs
+    stored = source.native_quant if runs == "cpu" else source.quant
+    quant = resolve_quant(quant, compute, "ternary" if source.kind == "ternary" else stored)
     context = spec.max_context if context is None else context
     if not 1 <= context <= spec.max_context:
         raise ValueError(
@@ -251,11 +244,6 @@ def make(
     for name, value in (("memory_limit", memory_limit), ("bandwidth", bandwidth)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
-    runs = "gpu" if gpu else "reference"
-    if not gpu and backend != "reference":
-        from cpmcu import cpu_backend
-
-        runs = "cpu" if cpu_backend.is_supported(spec, compute)[0] else runs
     limit, speed = memory_limit, bandwidth
     if speed is None and not _torch.is_installed():
         raise ValueError("without PyTorch bandwidth is not measured: give it (--bandwidth 30G)")
@@ -263,9 +251,9 @@ def make(
         limit = gpu_device.free_memory() if gpu else available_memory()
     if speed is None:
         speed = measure_bandwidth(2048, device="cuda") if gpu else measure_bandwidth()
-    kv, weights = cache_bytes(spec, compute, context), weight_bytes(spec, quant, gpu=gpu)
+    kv = cache_bytes(spec, compute, context)
+    weights, table = weight_sizes.of_source(source, quant, compute, runs)
     # An untied model reads one row of its embedding table, not the table.
-    table = spec.vocab * spec.hidden * _BITS[_outer(quant)] / 8
     read = weights - (0 if spec.tie else table)
     return Plan(
         device="gpu" if gpu else "cpu",
@@ -283,9 +271,9 @@ def make(
         kv_bytes=kv,
         kv_bytes_per_token=cache_bytes(dataclasses.replace(spec, sparse=None), compute, 1),
         activation_bytes=activation_bytes(spec, compute, context, quant, runs),
-        total_bytes=total_bytes(spec, compute, context, quant, runs),
+        total_bytes=total_bytes(spec, compute, context, quant, runs, weights),
         memory_limit=limit,
-        largest_context=largest_context(spec, compute, limit, quant, runs),
+        largest_context=largest_context(spec, compute, limit, quant, runs, weights),
         bandwidth=speed,
         decode_bound=speed / (read + bytes_read(spec, compute, context)),
     )

@@ -73,6 +73,16 @@ def interleaved_heads(spec: ModelSpec, name: str, architecture: str | None = Non
     return {"q_proj": spec.heads, "k_proj": spec.kv_heads}.get(name.rsplit(".", 2)[-2], 0)
 
 
+def halves(rows: int, heads: int) -> np.ndarray:
+    """Order of rows from llama.cpp's neighbouring pairs to a head's two halves."""
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
+
+
+def pairs(rows: int, heads: int) -> np.ndarray:
+    """Order of rows from a head's two halves to llama.cpp's neighbouring pairs."""
+    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
+
+
 def from_gguf(file: GGUFFile) -> ModelSpec:
     """The spec from GGUF metadata. ValueError names the file and the field."""
     fields = Fields(file.metadata, str(file.path))

@@ -15,10 +15,10 @@ import numpy as np
 from cpmcu import dtypes
 from cpmcu.codes import Codes
 
-# Codes: bits of each, and columns of its block where a file's format sets them.
-BITS = {"int8": 8, "nibbles": 4, "Q4_0": 4, "Q8_0": 8}
-BLOCK = 32
-_BLOCK_BYTES = {"Q4_0": 18, "Q8_0": 34}
+# Codes: bits of each; columns and bytes of its block where a file's format sets them.
+BITS = {"int8": 8, "nibbles": 4, "Q4_0": 4, "Q8_0": 8, "Q4_1": 4, "Q4_K": 4}
+_BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_1": (32, 20), "Q4_K": (256, 144)}
+SHIFTED = ("Q4_1", "Q4_K")  # whose weights are code * scale + shift
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class Part:
     Attributes:
         memory: an array or a tensor, contiguous, that holds them.
         source: what is in it: "float32", "bfloat16", "float16"; codes: "int8" around 0, "nibbles"
-            (`layout`), "Q4_0", "Q8_0" (`gguf_codes`).
+            (`layout`), "Q4_0", "Q8_0", "Q4_1", "Q4_K" (`csrc/lay_out.hpp`).
         shape: (rows, columns).
         scales: float16 [rows, columns / group] of "int8" and "nibbles".
         bits: of codes.
@@ -50,8 +50,9 @@ class Part:
     def row_bytes(self) -> int:
         """Bytes from one row to the next."""
         cols = self.shape[1]
-        if self.source in _BLOCK_BYTES:
-            return cols // BLOCK * _BLOCK_BYTES[self.source]
+        if self.source in _BLOCKS:
+            block, size = _BLOCKS[self.source]
+            return cols // block * size
         return cols // 2 if self.source == "nibbles" else cols * dtypes.size_of(self.source)
 
     def floats(self, through: str) -> np.ndarray:
@@ -71,8 +72,17 @@ class Part:
     def _dequantised(self) -> np.ndarray:
         rows, cols = self.shape
         raw = _array(self.memory)
-        if self.source in _BLOCK_BYTES:
-            blocks = raw.reshape(rows, cols // BLOCK, -1)
+        if self.source in SHIFTED:
+            from gguf.constants import GGMLQuantizationType
+            from gguf.quants import dequantize
+
+            with np.errstate(all="ignore"):
+                values = dequantize(raw.reshape(rows, -1), GGMLQuantizationType[self.source])
+            if not np.isfinite(values).all():
+                raise ValueError(self.fault)
+            return values.reshape(rows, cols)
+        if self.source in _BLOCKS:
+            blocks = raw.reshape(rows, cols // 32, -1)
             scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
             codes = blocks[..., 2:]
         else:
@@ -95,7 +105,9 @@ class Stored:
         parts: gives them, one below the other; they may be made only as they are taken.
         shape: of all.
         dtype: what its numbers are rounded to, "float32" or "bfloat16".
-        bits, group: where all parts are codes of one kind that are to stay as they are; else 0.
+        bits, group: what parts are to be held in; those that are codes of as many bits stay as
+            they are. 0: in numbers, or in what the engine holds.
+        shifted: some of them have shifts beside their scales.
         ternary: the same matrix as bitcpm packed it, where it did (`ternary.Packed`s).
     """
 
@@ -105,6 +117,7 @@ class Stored:
     bits: int = 0
     group: int = 0
     ternary: Any = None
+    shifted: bool = False
 
     @property
     def quant(self) -> str | None:

@@ -18,15 +18,17 @@ from cpmcu.codes import Codes, stack
 from cpmcu.loader import Progress, Source
 from cpmcu.safetensors_file import DTYPES, SafetensorsFile
 from cpmcu.spec import ModelSpec
-from cpmcu.spec_gguf import interleaved_heads, transformers_name
-from cpmcu.stored import Part, Stored
+from cpmcu.spec_gguf import halves, interleaved_heads, transformers_name
+from cpmcu.stored import SHIFTED, Part, Stored
 from cpmcu.weights import Layer, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Which of GGUF's types are read as they lie.
-_DIRECT = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q4_0": "Q4_0", "Q8_0": "Q8_0"}
+_DIRECT = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {
+    kind: kind for kind in ("Q4_0", "Q8_0", "Q4_1", "Q4_K")
+}
 
 
 class Tensors:
@@ -144,16 +146,21 @@ class Tensors:
         return matrix
 
     def kind(self, name: str) -> tuple[int, int]:
-        """(bits, columns to a scale) of a matrix of codes, (0, 0) of another, from the header."""
+        """(bits, columns to a scale) that the CPU backend holds a matrix of codes in, (0, 0) of
+        another, from the header.
+        """
         if self.source.kind == "quantised" and name + layout.CODES in self._where:
             dtype, _ = self._kinds[name + layout.CODES]
             groups = self._kinds[name + layout.SCALES][1][1]
             return layout.STORED[dtype], self._shapes[name][1] // groups
         if self.source.gguf is None:
             return 0, 0
-        kind = self.source.gguf.tensors[self._where[name][0]].kind.name
-        bits = gguf_codes.KINDS.get(kind, 0)
+        bits = gguf_codes.NATIVE_KINDS.get(self._type(name), 0)
         return bits, gguf_codes.SIZE if bits else 0
+
+    def _type(self, name: str) -> str:
+        file = self.source.gguf
+        return "" if file is None else file.tensors[self._where[name][0]].kind.name
 
     def parts(self, name: str) -> Iterator[Part]:
         """A matrix where it lies, or expanded piece by piece."""
@@ -174,7 +181,7 @@ class Tensors:
     def _gguf_parts(self, name: str, shape: Any, bits: int, group: int) -> Iterator[Part]:
         file, stored = self.source.gguf, self._where[name][0]
         heads = interleaved_heads(self.spec, name)
-        source = _DIRECT.get(file.tensors[stored].kind.name)
+        source = _DIRECT.get(self._type(name))
         if source is not None:
             fault = gguf_codes.scale_fault(file, stored)
             yield Part(file.raw(stored), source, shape, None, bits, group, heads, fault)
@@ -200,10 +207,12 @@ class Tensors:
 
     def matrix(self, names: tuple[str, ...], dtype: str, *, codes: bool) -> Stored:
         """Matrices of equal columns, one below the other; with `codes` as the codes they are stored
-        as, where those are of one kind.
+        as. Where some have 4 bits and some more, all are held in 8.
         """
         kinds = {self.kind(name) for name in names}
-        bits, group = kinds.pop() if codes and len(kinds) == 1 else (0, 0)
+        same = codes and len({group for _, group in kinds}) == 1
+        bits, group = max(kinds) if same else (0, 0)
+        shifted = bits == 4 and any(self._type(name) in SHIFTED for name in names)
         rows = sum(self._shapes[name][0] for name in names)
         packed = self._packed and self._packed.matrices([self._where[name][0] for name in names])
 
@@ -211,23 +220,14 @@ class Tensors:
             for name in names:
                 yield from self.parts(name)
 
-        return Stored(parts, (rows, self._shapes[names[0]][1]), dtype, bits, group, packed)
+        shape = rows, self._shapes[names[0]][1]
+        return Stored(parts, shape, dtype, bits, group, packed, shifted)
 
 
 def _numbers(value: np.ndarray, kind: str, shape: Any) -> Iterator[Part]:
     if kind == "float64":
         value, kind = dtypes.to_floats(value, kind), "float32"
     yield Part(value, kind, shape)
-
-
-def halves(rows: int, heads: int) -> np.ndarray:
-    """Order of rows from llama.cpp's neighbouring pairs to a head's two halves."""
-    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
-
-
-def pairs(rows: int, heads: int) -> np.ndarray:
-    """Order of rows from a head's two halves to llama.cpp's neighbouring pairs."""
-    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
 
 
 def load(
