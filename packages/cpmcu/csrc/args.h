@@ -41,8 +41,8 @@ typedef struct {
 // What a matrix is multiplied by: T rows of `cols` numbers, in blocks of 12 tokens (one token alone: a block of 1).
 // Within a block of W: floats [cols][W], bfloat16 [cols / 2][W][2], int8 [cols / 4][W][4]; ROWS: floats [T][cols]. For
 // integers, with the groups of the matrix, `scales` [block][cols / group][W]; `offsets` likewise: minus the matrix's zero
-// point times the sum of the group; and for INT8 `zeros`: minus the activations' own zero point, that of a grid from the
-// least to the largest of a group (for INT4, whose weights are coarser than that, the grid is symmetric). Or, where there are matrix tiles and the step has many tokens, blocks of 16 tokens in
+// point times the sum of the group, and `zeros`: minus the activations' own zero point, that of a grid from the least to
+// the largest of a group. Or, where there are matrix tiles and the step has many tokens, blocks of 16 tokens in
 // bfloat16, [cols / 32][16][32], whatever the kind but FLOAT32. Room for both: T up to a multiple of 48, 2 bytes a column.
 typedef struct {
     void *data;

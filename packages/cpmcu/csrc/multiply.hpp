@@ -2,10 +2,10 @@
 // that a token's result does not depend on how many others came with it; but where the processor has matrix tiles, many
 // tokens are multiplied by those (tiles.hpp).
 //
-// Integers: weights are unsigned bytes u with a zero point w0, activations signed ones q with one of their own, a0, unless
-// weights have 4 bits. A group's sum (u - w0) (q - a0) is exact in 32 bits: products of the codes, from w0 times the sum
-// of q - a0 downwards, less a0 times the sum of u. It is then scaled by the product of both factors. Sums of weights are
-// made as they pass by, once for all tokens: storing them would be 6 % more to read.
+// Integers: weights are unsigned bytes u with a zero point w0, activations signed ones q with one of their own, a0. A
+// group's sum (u - w0) (q - a0) is exact in 32 bits: products of the codes, from w0 times the sum of q - a0 downwards, less
+// a0 times the sum of u. It is then scaled by the product of both factors. Sums of weights are made as they pass by, once
+// for all tokens: storing them would be 6 to 12 % more to read.
 #pragma once
 #include "args.h"
 #include "tiles.hpp"
@@ -19,7 +19,7 @@ inline int64_t panel_bytes(const cpmcu_matrix &m) {
     return m.cols * per_16[m.kind] / 16;
 }
 inline int64_t bytes_of_rows(int32_t kind, int64_t cols) { return kind == CPMCU_FLOAT32 ? 4 * cols : kind == CPMCU_BFLOAT16 ? 2 * cols : cols; }
-// Bytes a thread: two panels of integers in bfloat16, or as bytes, or the sums of their groups.
+// Bytes a thread: two panels of integers in bfloat16; or as bytes, and the sums of their groups.
 inline int64_t multiply_work(const cpmcu_matrix &m) { return (m.kind >= CPMCU_INT8 ? 4 * ROWS * m.cols : 0) + 128; }
 
 // 4-bit weights as bytes [cols / 4][16][4], their zero point still 8.
@@ -35,7 +35,7 @@ constexpr ptrdiff_t FAR_AHEAD = 2048;
 // What follows makes `out` [R][N][16] for N tokens of a block of W and R panels, whose weights lie `apart` bytes from each
 // other. Several panels share the broadcasts, several tokens the loads of weights.
 
-// Rows [groups][N] of what belongs to groups of activations, W apart; `zeros` is null where activations have none.
+// Rows [groups][N] of what belongs to groups of activations, W apart.
 struct Groups {
     const float *scales;
     const int32_t *offsets, *zeros;
@@ -60,7 +60,6 @@ template <int N, int W, int R, bool NIBBLES>
 inline void integer_panels(const uint8_t *w, ptrdiff_t apart, const uint16_t *scales, const uint16_t *shifts, const int32_t *sums,
                            ptrdiff_t scales_apart, const int8_t *a, Groups of, float *out) {
     using P = Panel;
-    constexpr bool SUMMED = N == 1 && !NIBBLES;
     typename P::F total[R][N];
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r)
@@ -79,7 +78,7 @@ inline void integer_panels(const uint8_t *w, ptrdiff_t apart, const uint16_t *sc
             typename P::I bytes[R];
 #pragma GCC unroll 2
             for (int r = 0; r < R; ++r) bytes[r] = P::bytes(w + r * apart);
-            if constexpr (SUMMED) sum = P::dot(sum, bytes[0], P::ones());
+            if (N == 1) sum = P::dot(sum, NIBBLES ? P::add(P::low(bytes[0]), P::high(bytes[0])) : bytes[0], P::ones());
 #pragma GCC unroll 2
             for (int half = 0; half < (NIBBLES ? 2 : 1); ++half, a += W * 4)
 #pragma GCC unroll 12
@@ -89,16 +88,11 @@ inline void integer_panels(const uint8_t *w, ptrdiff_t apart, const uint16_t *sc
                     for (int r = 0; r < R; ++r) acc[r][t] = P::dot(acc[r][t], !NIBBLES ? bytes[r] : half ? P::high(bytes[r]) : P::low(bytes[r]), four);
                 }
         }
-        if (of.zeros) {
-#pragma GCC unroll 2
-            for (int r = 0; r < R; ++r) {
-                if constexpr (!SUMMED) sum = P::bytes(sums + r * scales_apart + g * ROWS);
-#pragma GCC unroll 12
-                for (int t = 0; t < N; ++t) acc[r][t] = P::product(acc[r][t], sum, P::unit(of.zeros + g * W + t));
-            }
-        }
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r) {
+            if (N > 1) sum = P::bytes(sums + r * scales_apart + g * ROWS);
+#pragma GCC unroll 12
+            for (int t = 0; t < N; ++t) acc[r][t] = P::product(acc[r][t], sum, P::unit(of.zeros + g * W + t));
             const auto scale = P::halves(scales + r * scales_apart + g * ROWS);
             if (shifts) {
                 const auto shift = P::mul(P::halves(shifts + r * scales_apart + g * ROWS), P::set(-1.f / 8));
@@ -193,9 +187,9 @@ struct Product {
             pair_panels<N, W, R>(w, apart, rows, m.cols, out);
         } else {
             const int64_t groups = m.cols / m.group, at = block * groups + t0;
-            const Groups of{a.from.scales + at, a.from.offsets + at, m.kind == CPMCU_INT8 ? a.from.zeros + at : nullptr, groups, m.group};
+            const Groups of{a.from.scales + at, a.from.offsets + at, a.from.zeros + at, groups, m.group};
             integer_panels<N, W, R, NIBBLES>(w, NIBBLES ? apart : ROWS * m.cols, m.scales + p * groups * ROWS,
-                                             m.shifts ? m.shifts + p * groups * ROWS : nullptr, reinterpret_cast<const int32_t *>(aligned_work()), groups * ROWS,
+                                             m.shifts ? m.shifts + p * groups * ROWS : nullptr, sums_of_panels(), groups * ROWS,
                                              reinterpret_cast<const int8_t *>(rows), of, out);
         }
         for (int r = 0; r < R; ++r) finish(p + r, token, count, out + r * N * ROWS);
@@ -217,6 +211,9 @@ struct Product {
 
     uint8_t *aligned_work() const { return reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(work) + 63) & ~uintptr_t(63)); }
 
+    // Behind two panels of bytes.
+    int32_t *sums_of_panels() const { return reinterpret_cast<int32_t *>(aligned_work() + 2 * ROWS * m.cols); }
+
     // One token: panel after panel, so that weights are read as they lie.
     void vector(int64_t begin, int64_t end) const {
         const uint8_t *w = static_cast<const uint8_t *>(m.data);
@@ -230,10 +227,10 @@ struct Product {
             uint8_t *wide = aligned_work();
             for (int r = 0; r < R; ++r) widen_panel(w + r * panel_bytes(m), m.cols, wide + r * ROWS * m.cols);
             w = wide;
-        } else if (m.kind == CPMCU_INT8) {
+        }
+        if (m.kind >= CPMCU_INT8) {
             const int64_t groups = m.cols / m.group;
-            int32_t *sums = reinterpret_cast<int32_t *>(aligned_work());
-            for (int r = 0; r < R; ++r) sum_panel(w + r * panel_bytes(m), groups, m.group, sums + r * groups * ROWS);
+            for (int r = 0; r < R; ++r) sum_panel(w + r * ROWS * m.cols, groups, m.group, sums_of_panels() + r * groups * ROWS);
         }
         constexpr int N = 6;
         for (int64_t t = begin; t < end; t += N) {

@@ -31,8 +31,7 @@ inline void place(const cpmcu_packed &to, int64_t step_tokens, int64_t tokens, i
     }
     using P = Panel;
     const int64_t groups = cols / to.group;
-    const bool zeros = to.kind == CPMCU_INT8;
-    const int32_t weights_zero = zeros ? 128 : 8;
+    const int32_t weights_zero = to.kind == CPMCU_INT8 ? 128 : 8;
     const auto minus = P::set(-1.f);
     alignas(64) int8_t q[MOST_GROUP];
     for (int64_t g = 0; g < groups; ++g) {
@@ -46,12 +45,12 @@ inline void place(const cpmcu_packed &to, int64_t step_tokens, int64_t tokens, i
         }
         const float high = P::most(highest), low = P::most(lowest);
         // 255 codes from the lowest to the highest: one less than there are, for both ends are rounded.
-        float scale = zeros ? high / 254.f + low / 254.f : (high > low ? high : low) / 127.f;
+        float scale = high / 254.f + low / 254.f;
         // What is not finite spoils the row on purpose: the logits tell.
         odd |= !(scale < INFINITY);
         if (scale < 1e-30f) scale = 0.f;  // its inverse is none
         const float inverse = scale > 0.f && !odd ? 1.f / scale : 0.f;
-        const int32_t zero = zeros && !odd ? int32_t(std::rint(low * inverse)) - 128 : 0;
+        const int32_t zero = odd ? 0 : int32_t(std::rint(low * inverse)) - 128;
         const auto steps = P::set(inverse);
         const auto shift = P::unit(&zero);
         int32_t sum = 0;
@@ -63,7 +62,7 @@ inline void place(const cpmcu_packed &to, int64_t step_tokens, int64_t tokens, i
         const int64_t slot = at * groups + g * W + t;
         to.scales[slot] = odd ? NAN : scale;
         to.offsets[slot] = -weights_zero * sum;
-        if (zeros) to.zeros[slot] = -zero;
+        to.zeros[slot] = -zero;
         for (int k = 0; k < to.group; k += 4) std::memcpy(rows + ((g * to.group + k) / 4 * W + t) * 4, q + k, 4);
     }
 }

@@ -33,6 +33,7 @@ TARGETS = {
     "quantised config.json": ("quantised", 2_500),
     "q4.gguf": ("gguf", 12_000),
     "q8.gguf": ("gguf", 12_000),
+    "q4_1.gguf": ("gguf", 12_000),
 }
 
 
@@ -176,8 +177,8 @@ def make_models(folder: Path) -> None:
     )
     quantise(plain, folder / "quantised", method="rtn", bits=4, group=32)
     (folder / "gguf").mkdir()
-    for name in ("q4", "q8"):
-        convert(plain, folder / f"gguf/{name}.gguf", {"q4": "Q4_0", "q8": "Q8_0"}[name])
+    for name, kind in (("q4", "Q4_0"), ("q8", "Q8_0"), ("q4_1", "Q4_1")):
+        convert(plain, folder / f"gguf/{name}.gguf", kind)
 
 
 def examples(models: Path, work: Path, target: str, seeds: range):

@@ -53,10 +53,13 @@ def test_chat_over_a_pipe(gguf):
 
 
 def test_plan_loads_nothing(gguf):
-    made = json.loads(
-        invoke("plan", gguf, "--bandwidth", "35G", "--dtype", "float32", "--json").stdout
-    )
+    options = ("--bandwidth", "35G", "--dtype", "float32", "--json")
+    made = json.loads(invoke("plan", gguf, *options, "--quant", "float32").stdout)
     assert made["weight_bytes"] == made["parameters"] * 4 == 538060032
+    kept = json.loads(invoke("plan", gguf, *options).stdout)
+    # Matrices in Q4_1: 5 bits a weight; the embedding in Q8_0, 8.5; norms in float32.
+    layers, embedding, norms = 106_168_320, 49152 * 576, 61 * 576
+    assert kept["weight_bytes"] == layers * 5 / 8 + embedding * 8.5 / 8 + norms * 4
     shown = invoke("plan", gguf, "--bandwidth", "35G", "--memory-limit", "300M").stdout
     assert "largest context that fits" in shown and "does not fit: take --context" in shown
 

@@ -84,7 +84,7 @@ def test_codes_pass_bit_for_bit(tiny_folder, tmp_path, bits, group):
     assert Engine.from_pretrained(tmp_path / "q.gguf").quant == f"int{bits}"
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 def test_what_is_rounded_is_said(tiny_folder, tmp_path, kind):
     """The stated error is that of gguf's own reader and dequantiser."""
     from gguf.quants import dequantize
@@ -101,7 +101,8 @@ def test_what_is_rounded_is_said(tiny_folder, tmp_path, kind):
     error = float(np.linalg.norm(held - weight) / np.linalg.norm(weight))
     assert made.errors[gguf_name(name)] == pytest.approx(error, rel=1e-3) and error > 0
     fields = {key: field.contents() for key, field in reader.fields.items()}
-    assert fields["general.file_type"] == {"F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}[kind]
+    numbers = {"F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3}
+    assert fields["general.file_type"] == numbers[kind]
     assert fields["general.architecture"] == "qwen2"
 
 
@@ -223,7 +224,7 @@ print(json.dumps(out["choices"][0]["message"]["content"]))
 
 
 @pytest.mark.skipif(PEER is None, reason="LLAMA_CPP_PYTHON names no python with llama-cpp-python")
-@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_0", "Q4_1"])
 def test_llama_cpp_says_the_same(tmp_path, kind):
     import json
 

@@ -81,10 +81,8 @@ def activations(x, quant):
     if quant == "bfloat16" or in_tiles(quant, tokens):
         return x.bfloat16().double()
     parts = x.unflatten(1, (-1, 32))
-    if quant == "int8":  # from the least to the largest, 0 among them
-        scale = (parts.amax(2, keepdim=True).relu() + (-parts).amax(2, keepdim=True).relu()) / 254
-    else:
-        scale = parts.abs().amax(2, keepdim=True) / 127
+    # From the least to the largest, 0 among them.
+    scale = (parts.amax(2, keepdim=True).relu() + (-parts).amax(2, keepdim=True).relu()) / 254
     codes = torch.where(scale == 0, 0.0, parts / scale).round()
     return (codes.double() * scale.double()).flatten(1)
 

@@ -18,7 +18,9 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["plain", "quantised", "gguf/q4.gguf", "gguf/q8.gguf"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "quantised", "gguf/q4.gguf", "gguf/q8.gguf", "gguf/q4_1.gguf"]
+)
 def test_undamaged_models_work(models, kind):
     assert cpmcu_fuzzing.survives(models / kind)
 

@@ -180,7 +180,7 @@ def convert(
         typer.Option(
             "--type",
             help="Of the matrices: auto (as they are stored), F32, F16, BF16, Q8_0, Q4_0; for GGUF "
-            "TQ2_0 too.",
+            "Q4_1 and TQ2_0 too.",
         ),
     ] = "auto",
     as_json: Json = False,

@@ -191,7 +191,7 @@ class Decoder:
             data = self._room(tokens, m.cols * size, "uint8")
             scales = self._room(tokens, groups, "float32")
             offsets = self._room(tokens, groups, "int32")
-            zeros = self._room(tokens, groups if m.kind == c.INT8 else 0, "int32")
+            zeros = self._room(tokens, groups, "int32")
             self._packs[key] = c.Packed(
                 *(c.address(part) for part in (data, scales, offsets, zeros)),
                 m.cols, m.kind, m.group,

@@ -25,8 +25,8 @@ from cpmcu.tensors import Tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS = ("auto", "F32", "F16", "BF16", "Q8_0", "Q4_0", "TQ2_0")
-_FILE_TYPE = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2, "TQ2_0": 37}
+KINDS = ("auto", "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "TQ2_0")
+_FILE_TYPE = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "TQ2_0": 37}
 _ARCHITECTURE = {"mistral": "llama", "minicpm4": "minicpm"}
 
 
@@ -58,7 +58,7 @@ def export_gguf(
         out: file to write.
         kind: type of the matrices, of `KINDS`. "auto": codes as they are (Q4_0, Q8_0), matrices of
             {-a, 0, a} as TQ2_0 where their rows fill its blocks, bfloat16 as BF16, others as F16.
-            With Q4_0 and TQ2_0 embedding and head are Q8_0. Vectors are F32.
+            With Q4_0, Q4_1 and TQ2_0 embedding and head are Q8_0. Vectors are F32.
         progress: called with (tensors done, tensors in all).
 
     Raises:
@@ -125,7 +125,7 @@ def _choose(tensors: Tensors, name: str, kind: str) -> str:
     """The type of one tensor."""
     if len(tensors.spec.tensors()[name]) == 1:
         return "F32"
-    if kind in ("Q4_0", "TQ2_0") and not name.startswith("layers."):
+    if kind in ("Q4_0", "Q4_1", "TQ2_0") and not name.startswith("layers."):
         return "Q8_0"
     if kind != "auto":
         return kind
