@@ -61,12 +61,21 @@ struct Attention {
     bool sparse;
     native_run_args args;
 
+    // No window, but only the keys in it: for a single token, and where it hides none.
+    static void see_last(native_attend_args &a) {
+        const int64_t before = a.window && a.shape.keys > a.window ? a.shape.keys - a.window : 0;
+        const int64_t size = a.shape.int8 ? 1 : a.shape.dtype ? 2 : 4;
+        for (native_tensor *x : {&a.k, &a.v}) x->data = static_cast<const char *>(x->data) + before * x->row * size;
+        a.shape.keys -= before, a.window = 0;
+    }
+
     Attention(const cpmcu_attend_args &base, int32_t nth) : args{base.select, base.attend} {
         native_attend_args &a = args.attend;
         native_select_args &s = args.select;
         const int64_t T = base.step->tokens, H = a.shape.kv_heads * a.shape.group;
         sparse = base.step->start + 1 >= base.sparse_from;
         a.shape.queries = T, a.shape.keys = base.step->start + T;
+        if (T == 1 || a.shape.keys <= a.window) see_last(a);
         a.q.batch = T * H * a.shape.dim, a.q.head = a.shape.dim, a.q.row = H * a.shape.dim;
         int64_t tile = MOST_ROWS / a.shape.group;
         tile = tile > MOST_TOKENS ? MOST_TOKENS : (tile < 1 ? 1 : tile);

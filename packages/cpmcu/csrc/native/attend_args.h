@@ -20,6 +20,7 @@ typedef struct {
 // out [B, H, T, D] in dtype, lse float32 [B, H, T] or null. Blocks int32 [B, K, T, width], ascending, then -1; a null
 // pointer means all keys (dense attention). `tile` tokens are a unit of work: at most 128, tile * G at most 512
 // unless tile is 1.
+// With a `window` that is not 0 a token sees the last so many keys, its own among them; only without blocks.
 // With splits > 1 each unit is cut in as many; listed blocks then need tile = 1, `partial` must hold
 // partial_floats() for each unit and split, and a second pass merges them.
 typedef struct {
@@ -36,4 +37,5 @@ typedef struct {
     int64_t tile;
     int32_t block_size;
     float scale;
+    int64_t window;
 } native_attend_args;

@@ -19,7 +19,7 @@ inline bool any_of(const uint64_t *bits, int from, int count) {
 // Rows of one unit of work, in groups of L lanes. All arrays are the thread's own.
 struct Rows {
     float *q, *out, *top, *sum, *scores, *key_scratch, *value_scratch;
-    int32_t *visible, *active;
+    int32_t *visible, *hidden, *active;
     uint64_t (*visitors)[2];  // for each block, which tokens of a tile visit it
 };
 
@@ -36,7 +36,7 @@ inline int64_t most_lanes(const native_shape *s) { return round_up(s->group > MO
 // Bytes a thread, for blocks of `block_size` keys.
 inline int64_t attend_rows_work(const native_shape *s, int64_t block_size) {
     const int64_t lanes = most_lanes(s);
-    return 4 * (lanes * (2 * s->dim + 4) + 2 * (TILE + 1) * 16 + 2 * TILE * s->dim) + 16 * (s->keys / block_size + 1) + 1024;
+    return 4 * (lanes * (2 * s->dim + 5) + 2 * (TILE + 1) * 16 + 2 * TILE * s->dim) + 16 * (s->keys / block_size + 1) + 1024;
 }
 
 // Floats of a partial result of one unit and split.
@@ -54,6 +54,7 @@ inline Rows rows_in(char *work, const native_shape *s) {
     r.top = p, p += lanes;
     r.sum = p, p += lanes;
     r.visible = reinterpret_cast<int32_t *>(p), p += lanes;
+    r.hidden = reinterpret_cast<int32_t *>(p), p += lanes;
     r.active = reinterpret_cast<int32_t *>(p), p += lanes;
     r.visitors = reinterpret_cast<uint64_t(*)[2]>(p);
     return r;
@@ -69,11 +70,11 @@ template <class Values> struct Prepare {
     }
 };
 
-// One tile of n keys for G lane groups, `group` and the one `apart` groups further. visible: how many of the keys each
-// lane sees; null if all do. FIRST: nobody has attended to this tile before.
+// One tile of n keys for G lane groups, `group` and the one `apart` groups further. visible: where the keys end that each
+// lane sees, and hidden: where they begin; null if no lane's do within the tile. FIRST: nobody has attended to this tile before.
 template <class Format, int G, bool FIRST>
 inline void update(const Rows &r, ptrdiff_t group, ptrdiff_t apart, int depth, int dim, float scale, const Tile<typename Format::Dot::Unit> &keys,
-                   const typename Format::Values &values, int n, const int32_t *visible, const char *next_keys, const char *next_values) {
+                   const typename Format::Values &values, int n, const int32_t *visible, const int32_t *hidden, const char *next_keys, const char *next_values) {
     using V = typename Format::Lanes;
     using T = typename V::T;
     constexpr int L = V::L, GROUP = TILE * L;
@@ -88,6 +89,8 @@ inline void update(const Rows &r, ptrdiff_t group, ptrdiff_t apart, int depth, i
         float *x = s + g * GROUP, *top = r.top + (group + g * apart) * L, *sum = r.sum + (group + g * apart) * L;
         if (visible)
             for (int i = 0; i < n; ++i) V::store(x + i * L, V::where_reached(i, visible + g * L, never, V::load(x + i * L)));
+        if (hidden)
+            for (int i = 0; i < n; ++i) V::store(x + i * L, V::where_reached(i, hidden + g * L, V::load(x + i * L), never));
         // Four at a time: a maximum or a sum waits for the one before it.
         T best[4] = {never, never, never, never}, part[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
         int i = 0;
@@ -162,6 +165,9 @@ template <class Format> struct Unit {
     // Absolute position of a row's token.
     int64_t position(int row) const { return a->shape.keys - a->shape.queries + first + row / a->shape.group; }
 
+    // The first key that a row sees.
+    int64_t first_key(int row) const { return a->window && position(row) >= a->window ? position(row) - a->window + 1 : 0; }
+
     std::pair<const Cached *, const Cached *> cached_at(int64_t start) const {
         return {static_cast<const Cached *>(a->k.data) + batch * a->k.batch + head * a->k.head + start * a->k.row,
                 static_cast<const Cached *>(a->v.data) + batch * a->v.batch + head * a->v.head + start * a->v.row};
@@ -180,6 +186,17 @@ template <class Format> struct Unit {
             if (row < rows) *least = visible[i] < *least ? visible[i] : *least;
             *most = visible[i] > *most ? visible[i] : *most;
         }
+    }
+
+    // Where the keys that each lane of group g sees begin among [start, start + n), into `hidden`; whether one's do.
+    bool count_hidden(int g, int64_t start, int n, int32_t *hidden) const {
+        bool any = false;
+        for (int i = 0, row = g * L; i < L; ++i, ++row) {
+            const int64_t before = row < rows ? first_key(row) - start : 0;
+            hidden[i] = int32_t(before < 0 ? 0 : (before > n ? n : before));
+            any |= hidden[i] > 0;
+        }
+        return any;
     }
 
     // Lane groups that can see a key from `start` on, and hold a token whose bit is set in `visitors` (null: any), into
@@ -209,9 +226,12 @@ template <class Format> struct Unit {
             const int g = r.active[i], apart = r.active[i + step - 1] - g;
             int32_t least = n, most = 0;
             for (int j = 0; j < step; ++j) count_seen(g + j * apart, start, n, visitors, r.visible + j * L, &least, &most);
+            bool hidden = false;
+            for (int j = 0; a->window && j < step; ++j) hidden |= count_hidden(g + j * apart, start, n, r.hidden + j * L);
             const auto with = [&](auto groups_at_once, auto first) {
                 update<Format, decltype(groups_at_once)::value, decltype(first)::value>(r, g, apart, depth, dim, a->scale * LOG2E, keys, values, n,
-                                                                                        least < n ? r.visible : nullptr, next_keys, next_values);
+                                                                                        least < n ? r.visible : nullptr, hidden ? r.hidden : nullptr,
+                                                                                        next_keys, next_values);
             };
             using One = std::integral_constant<int, 1>;
             using Two = std::integral_constant<int, 2>;
@@ -240,6 +260,7 @@ template <class Format> struct Unit {
 
     // Share `split` of `splits` of the keys: the listed blocks, or all.
     void visit_all(const int32_t *blocks, int64_t width, int64_t split, int64_t splits) {
+        [[maybe_unused]] const bool alone = tokens == 1 && !a->window;
 #if defined(__AVX512BF16__)
 #if defined(__AVX512VNNI__)
         if constexpr (Format::FEW_HEADS && std::is_same<Cached, int8_t>::value) {
@@ -251,7 +272,7 @@ template <class Format> struct Unit {
                 });
                 few.put(r.out, r.top, r.sum, L);
             };
-            if (tokens == 1 && a->k.row == a->v.row && with_few_int8(a->shape.group, dim, [&](int g) { return query(g); }, a->scale * LOG2E, visit_few)) return;
+            if (alone && a->k.row == a->v.row && with_few_int8(a->shape.group, dim, [&](int g) { return query(g); }, a->scale * LOG2E, visit_few)) return;
         }
 #endif
         if constexpr (Format::FEW_HEADS) {
@@ -264,7 +285,7 @@ template <class Format> struct Unit {
                 });
                 few.put(r.out, r.top, r.sum, L);
             };
-            if (tokens == 1 && a->k.row == a->v.row && with_few_heads(a->shape.group, dim, [&](int g) { return query(g); }, a->scale * LOG2E, visit_few)) return;
+            if (alone && a->k.row == a->v.row && with_few_heads(a->shape.group, dim, [&](int g) { return query(g); }, a->scale * LOG2E, visit_few)) return;
         }
 #endif
         for_tiles_of_keys(blocks, width, split, splits, [&](int64_t start, int n, int64_t next) { visit(start, n, next); });
@@ -274,8 +295,8 @@ template <class Format> struct Unit {
     template <class F> void for_tiles_of_keys(const int32_t *blocks, int64_t width, int64_t split, int64_t splits, F f) const {
         const int64_t end = position(rows - 1) + 1;
         if (!blocks) {
-            const int64_t tiles = (end + TILE - 1) / TILE;
-            for (int64_t i = split * tiles / splits; i < (split + 1) * tiles / splits; ++i)
+            const int64_t before = first_key(0) / TILE, tiles = (end + TILE - 1) / TILE - before;
+            for (int64_t i = before + split * tiles / splits; i < before + (split + 1) * tiles / splits; ++i)
                 f(i * TILE, int(end - i * TILE < TILE ? end - i * TILE : TILE), (i + 2) * TILE <= end ? (i + 1) * TILE : -1);
             return;
         }

@@ -34,8 +34,8 @@ def is_supported(spec: ModelSpec, dtype: str) -> tuple[bool, str]:
         return False, reason
     if dtype not in c.DTYPES:
         return False, f"needs float32 or bfloat16, got {dtype}"
-    if spec.window is not None and spec.window < spec.max_context:
-        return False, "sliding windows are in the reference backend only"
+    if spec.window is not None and spec.sparse:
+        return False, "sparse attention in a model with sliding windows is not implemented"
     if max(spec.hidden, spec.ffn, spec.heads * spec.head_dim) > _MOST_COLUMNS:
         return False, f"matrices of more than {_MOST_COLUMNS} columns"
     if spec.head_dim > _MOST_HEAD:
@@ -209,7 +209,7 @@ class Decoder:
         attend = c.NativeAttend(
             shape, c.TensorView(c.address(self._q)), keys, keys, None,
             sparse.budget if sparse else 0, c.address(self._out), None, None, 0, None, 1, 1,
-            sparse.block_size if sparse else 64, D**-0.5,
+            sparse.block_size if sparse else 64, D**-0.5, spec.window or 0,
         )  # fmt: skip
         attend.work_stride = size = self._library.size("attend_work", attend)
         attend.work = c.address(self._room(threads, size, "uint8"))

@@ -50,7 +50,7 @@ NativeAttend = _structure(
     _fields(c_void_p, "out lse work"),
     [("work_stride", c_int64), ("partial", c_void_p)],
     _fields(c_int64, "splits tile"),
-    [("block_size", c_int32), ("scale", c_float)],
+    [("block_size", c_int32), ("scale", c_float), ("window", c_int64)],
 )
 Selection = _structure(
     "Selection",

@@ -37,11 +37,11 @@ inline int64_t active_groups(const native_shape &s, int64_t first, int64_t count
     return found;
 }
 
-// Whether a call's rows go through tiles of AMX. All do but a single token's, and however many are done together, so that
+// Whether a call's rows go through tiles of AMX. All do but a single token's and those with windows, and however many are done together, so that
 // the bits of a row depend neither on units of work nor on how a prompt was cut.
 template <class Format> inline bool on_tiles(const native_attend_args *a) {
 #if defined(__AMX_BF16__)
-    return std::is_same_v<typename Format::Source, bf16> && a->splits == 1 && a->shape.queries > 1;
+    return std::is_same_v<typename Format::Source, bf16> && a->splits == 1 && a->shape.queries > 1 && !a->window;
 #else
     return (void)a, false;
 #endif

@@ -65,6 +65,7 @@ _ATTEND = [
     *_fields(c_int64, "", "splits tile"),
     ("block_size", c_int32),
     ("scale", c_float),
+    ("window", c_int64),  # 0: none
 ]
 
 _BACKWARD = [
