@@ -282,7 +282,7 @@ def _backward(
         *shape, *strided(q), *strided(k), *strided(v),
         None if blocks is None else blocks.data_ptr(), 0 if blocks is None else blocks.shape[3],
         None, None, library.scratch(threads * size), size, None, 1,
-        _tile(B * K, T, H // K, threads), block_size, scale,
+        _tile(B * K, T, H // K, threads), block_size, scale, 0,
         *strided(grad), lse.data_ptr(), delta.data_ptr(), dq.data_ptr(), dk.data_ptr(),
         dv.data_ptr(), gradients.data_ptr(), slots,
     )  # fmt: skip
