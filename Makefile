@@ -77,7 +77,7 @@ sanitize: setup ## Run cpmcu's tests of kernels and loaders under AddressSanitiz
 	NATIVE_DIR=runs/sanitize LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 \
 	  packages/cpmcu/tests/test_cpu_backend.py packages/cpmcu/tests/test_layout.py packages/cpmcu/tests/test_sparse.py \
-	  packages/cpmcu/tests/test_fuzz.py $(PYTEST_ARGS)
+	  packages/cpmcu/tests/test_shifted_weights.py packages/cpmcu/tests/test_windows.py packages/cpmcu/tests/test_fuzz.py $(PYTEST_ARGS)
 
 gpu: setup ## Run the tests marked gpu, then time the GPU kernels (without a GPU both only say so)
 	$(BIN)/python -m pytest -q -m gpu
