@@ -197,9 +197,13 @@ struct Panel {
     static F halves(const uint16_t *p) { F r; for (int i = 0; i < ROWS; ++i) r.x[i] = half_to_float(p[i]); return r; }
     static I none() { return I{}; }
     static I ones() { I r; for (int32_t &x : r.x) x = 0x01010101; return r; }
-    static I add(I a, I b) { for (int i = 0; i < ROWS; ++i) a.x[i] += b.x[i]; return a; }
+    static I add(I a, I b) { for (int i = 0; i < ROWS; ++i) a.x[i] = int32_t(uint32_t(a.x[i]) + uint32_t(b.x[i])); return a; }
     static void store_words(int32_t *p, I a) { std::memcpy(p, a.x, sizeof a); }
-    static I product(I acc, I a, I b) { for (int i = 0; i < ROWS; ++i) acc.x[i] += a.x[i] * b.x[i]; return acc; }
+    // Sums are unsigned here: a block's missing tokens hold anything, and may overflow.
+    static I product(I acc, I a, I b) {
+        for (int i = 0; i < ROWS; ++i) acc.x[i] = int32_t(uint32_t(acc.x[i]) + uint32_t(a.x[i]) * uint32_t(b.x[i]));
+        return acc;
+    }
     static I bytes(const void *p) { I r; std::memcpy(r.x, p, sizeof r); return r; }
     static I unit(const void *p) {
         int32_t v;
@@ -214,7 +218,7 @@ struct Panel {
     static I dot(I acc, I w, I a) {
         for (int i = 0; i < ROWS; ++i)
             for (int j = 0; j < 4; ++j)
-                acc.x[i] += int32_t(uint32_t(w.x[i]) >> 8 * j & 255) * int32_t(int8_t(uint32_t(a.x[i]) >> 8 * j & 255));
+                acc.x[i] = int32_t(uint32_t(acc.x[i]) + uint32_t(int32_t(uint32_t(w.x[i]) >> 8 * j & 255) * int32_t(int8_t(uint32_t(a.x[i]) >> 8 * j & 255))));
         return acc;
     }
     static F pairs(F acc, I w, I a) {
