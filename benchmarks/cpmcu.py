@@ -269,8 +269,6 @@ def decode_cases(bench: Bench, bits: int) -> Iterator[Case]:
 
 def file_cases(bench: Bench) -> Iterator[Case]:
     """SmolLM2 as it was published for llama.cpp, in Q4_1: one file, whose codes both keep."""
-    import testbed
-
     file = testbed.smollm2_gguf()
     ours, llamas = bench.ours(file, 4096), bench.llamas(file, 4096)
     if not llamas:
