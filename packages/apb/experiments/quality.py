@@ -25,6 +25,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "star": {"strategy": "star"},
     "apb": {"strategy": "apb", "compressor": "query-attention", "query": True},
     "apb, key norm": {"strategy": "apb", "compressor": "key-norm", "query": True},
+    "apb, key difference": {"strategy": "apb", "compressor": "key-difference", "query": True},
     "apb, random": {"strategy": "apb", "compressor": "random", "query": True},
     "apb, no query": {"strategy": "apb", "compressor": "key-norm"},
     "anchor only": {"strategy": "apb", "compressor": "none", "query": True},
@@ -72,9 +73,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     import testbed
 
-    model, tokenizer = testbed.smollm2(torch.bfloat16)  # for all arms alike
+    model, tokenizer = testbed.smollm2(getattr(torch, arguments.dtype))  # for all arms alike
     torch.set_num_threads(arguments.threads)
-    done = {(r["task"], r["tokens"], r["hosts"], r["sample"]) for r in read()}
+    done = {
+        (r["task"], r["tokens"], r["hosts"], r["sample"])
+        for r in read()
+        if dtype_of(r) == arguments.dtype
+    }
     cells = list(
         itertools.product(range(arguments.samples), arguments.tokens, arguments.hosts,
                           arguments.tasks)
@@ -89,6 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
                 break
             [sample] = testbed.ruler(task, tokens, 1, number, tokenizer)
             row = {"task": task, "tokens": tokens, "hosts": hosts, "sample": number}
+            row["dtype"] = arguments.dtype
             row["arms"] = score(model, tokenizer, sample, hosts)
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -102,6 +108,11 @@ def read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines() if line]
 
 
+def dtype_of(row: dict[str, Any]) -> str:
+    """The model's dtype: rows that do not say are older, in bfloat16."""
+    return row.get("dtype", "bfloat16")
+
+
 def bootstrap(differences: list[float], draws: int = 10_000) -> float:
     """One-sided p that the mean difference is not above 0, resampling pairs."""
     generator = random.Random(0)
@@ -113,20 +124,28 @@ def bootstrap(differences: list[float], draws: int = 10_000) -> float:
 def table() -> None:
     """Means of every cell, and paired tests of the order that the paper reports."""
     rows = read()
-    cells = sorted({(r["task"], r["tokens"], r["hosts"]) for r in rows})
-    for cell in cells:
-        mine = [r["arms"] for r in rows if (r["task"], r["tokens"], r["hosts"]) == cell]
-        print(f"\n### {cell[0]}, {cell[1]} tokens, {cell[2]} hosts, {len(mine)} samples\n")
+    found: dict[tuple[str, int, int, str], list[dict[str, Any]]] = {}
+    for r in rows:
+        found.setdefault((r["task"], r["tokens"], r["hosts"], dtype_of(r)), []).append(r["arms"])
+    for (task, tokens, hosts, dtype), mine in sorted(found.items()):
+        print(f"\n### {task}, {tokens} tokens, {hosts} hosts, {dtype}, {len(mine)} samples\n")
         print("| arm | NLL | KL to full | slowest host's rows |\n|---|---|---|---|")
-        for arm in ARMS:
+        arms = [arm for arm in ARMS if all(arm in m for m in mine)]
+        for arm in arms:
             mean = {k: sum(m[arm][k] for m in mine) / len(mine) for k in ("nll", "kl", "rows")}
             print(f"| {arm} | {mean['nll']:.3f} | {mean['kl']:.4f} | {mean['rows']:.0f} |")
         for better, worse in (
-            ("full", "apb"), ("apb", "apb, random"), ("apb, random", "anchor only"),
-            ("apb", "anchor only"), ("apb", "star"), ("anchor only", "no anchor"),
+            ("full", "apb"), ("apb", "apb, random"), ("apb, key difference", "apb, random"),
+            ("apb, random", "anchor only"), ("apb", "anchor only"), ("apb", "star"),
+            ("anchor only", "no anchor"),
         ):  # fmt: skip
-            gaps = [m[worse]["nll"] - m[better]["nll"] for m in mine]
-            print(f"- {better} < {worse}: {sum(gaps) / len(gaps):+.4f}, p = {bootstrap(gaps):.4f}")
+            if better not in arms:
+                continue
+            print(f"- {better} < {worse}:", "; ".join(
+                f"{kind} {sum(gaps) / len(gaps):+.4f}, p = {bootstrap(gaps):.4f}"
+                for kind in (("nll", "kl") if better != "full" else ("nll",))
+                for gaps in [[m[worse][kind] - m[better][kind] for m in mine]]
+            ))  # fmt: skip
 
 
 def main() -> None:
@@ -139,6 +158,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="of each task and length")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop after so long")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments = parser.parse_args()
     if arguments.command == "run":
         run(arguments)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apb import KeyNorm, NoPassing, QueryAttention, Random
+from apb import KeyDifference, KeyNorm, NoPassing, QueryAttention, Random
 
 
 def _block(seed: int = 0):
@@ -41,6 +41,19 @@ def test_key_norm_prefers_small_keys() -> None:
     scores = KeyNorm()(q, k, v, query=query, host=0)
     assert int(scores[1, 0].argmax()) == 4
     torch.testing.assert_close(scores, -(k**2).sum(-1).sqrt())
+
+
+def test_key_difference_prefers_keys_unlike_the_rest() -> None:
+    q, k, v, query = _block()
+    scores = KeyDifference()(q, k, v, query=query, host=0)
+    for b, head in ((0, 0), (1, 1)):
+        unit = [key / key.norm() for key in k[b, head]]
+        mean = sum(unit) / len(unit)
+        wanted = [-float(key @ mean / mean.norm()) for key in unit]
+        assert scores[b, head].tolist() == pytest.approx(wanted, abs=1e-6)
+    same = torch.ones(1, 1, 9, 5)
+    same[0, 0, 4] = -1.0
+    assert int(KeyDifference()(same, same, same, query=same, host=0).argmax()) == 4
 
 
 def test_random_depends_on_seed_and_host_alone() -> None:

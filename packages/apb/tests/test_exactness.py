@@ -80,7 +80,10 @@ def test_passing_nothing_with_a_whole_block_as_anchor_is_star(hosts: int) -> Non
 
 @pytest.mark.parametrize(
     ("compressor", "query"),
-    [("query-attention", 9), *((c, n) for c in ("key-norm", "random", "none") for n in (0, 9))],
+    [
+        ("query-attention", 9),
+        *((c, n) for c in ("key-norm", "key-difference", "random", "none") for n in (0, 9)),
+    ],
 )
 def test_one_layer_is_the_reference(compressor: str, query: int) -> None:
     """A single attention call on virtual hosts against `apb_prefill`, which makes the mask."""

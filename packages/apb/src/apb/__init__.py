@@ -19,6 +19,7 @@ _HOME = {
     "DistributedGroup": "distributed",
     "Group": "transport",
     "Host": "transport",
+    "KeyDifference": "compressors",
     "KeyNorm": "compressors",
     "Lengths": "config",
     "LocretHeads": "locret_heads",

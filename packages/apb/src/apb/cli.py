@@ -95,7 +95,10 @@ def run(
     ] = ("apb"),
     hosts: Annotated[int, typer.Option(help="Virtual hosts; under torchrun its processes.")] = 4,
     compressor: Annotated[
-        str | None, typer.Option(help="query-attention, key-norm, random, none, a locret folder.")
+        str | None,
+        typer.Option(
+            help="query-attention, key-norm, key-difference, random, none, a locret folder."
+        ),
     ] = None,
     query_in_anchor: Annotated[bool, typer.Option(help="Let the query choose what passes.")] = True,
     max_new_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 32,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 if TYPE_CHECKING:
     from apb.plan import Layer
@@ -82,6 +83,20 @@ class KeyNorm:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, query: Tensor, host: int) -> Tensor:
         """Return -|k|, [B, Hkv, L]."""
         return -torch.linalg.vector_norm(k, dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyDifference:
+    """How little a key is like the others of its block: -cos(k, mean of the unit keys).
+
+    Source: Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM
+    Inference in Resource-Constrained Environments" (arXiv 2504.15364).
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, query: Tensor, host: int) -> Tensor:
+        """Return scores [B, Hkv, L], from -1 to 1."""
+        unit = normalize(k.float(), dim=-1)
+        return -(unit * normalize(unit.mean(2, keepdim=True), dim=-1)).sum(-1)
 
 
 @dataclass(frozen=True, slots=True)

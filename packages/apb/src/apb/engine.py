@@ -58,8 +58,9 @@ def prefill(
         what is passed on fits the question; None prefills for any question.
     strategy: dense, ring, zigzag, ulysses, star, apb, spava, or an object. hosts: a number of
         virtual hosts, or a `VirtualGroup` or `DistributedGroup`.
-    compressor: query-attention, key-norm, random, none, or an object; None is query-attention with
-        a query and key-norm without. options: anchor_length, passing_length, pool_kernel, sink.
+    compressor: query-attention, key-norm, key-difference, random, none, or an object; None is
+        query-attention with a query and key-norm without. options: anchor_length, passing_length,
+        pool_kernel, sink.
 
     Anchor rows have positions 0, 1, ...; document tokens keep their own.
     Raises ValueError for what does not fit.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from apb import anchored, exact
-from apb.compressors import Compressor, KeyNorm, QueryAttention, Random
+from apb.compressors import Compressor, KeyDifference, KeyNorm, QueryAttention, Random
 from apb.plan import Strategy
 
 EXACT: dict[str, Callable[[], Strategy]] = {
@@ -17,7 +17,7 @@ EXACT: dict[str, Callable[[], Strategy]] = {
 }
 APPROXIMATE = ("star", "apb", "spava")
 STRATEGIES = (*EXACT, *APPROXIMATE)
-COMPRESSORS = ("query-attention", "key-norm", "random", "none")
+COMPRESSORS = ("query-attention", "key-norm", "key-difference", "random", "none")
 
 
 def make_compressor(name: str, *, seed: int = 0) -> Compressor | None:
@@ -27,6 +27,7 @@ def make_compressor(name: str, *, seed: int = 0) -> Compressor | None:
     made: dict[str, Callable[[], Compressor]] = {
         "query-attention": QueryAttention,
         "key-norm": KeyNorm,
+        "key-difference": KeyDifference,
         "random": lambda: Random(seed),
     }
     if name not in made:
