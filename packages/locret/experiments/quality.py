@@ -69,7 +69,7 @@ def arms(group: str) -> list[str]:
 
 
 def plan(
-    tasks: list[str], groups: list[str], samples: int, heads: dict[str, Any]
+    tasks: list[str], groups: list[str], samples: int, heads: dict[str, Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, Callable]]:
     """Names and computations of all cells, group after group; its tasks get on alike."""
     loaded: dict[Any, Any] = {}
@@ -78,7 +78,7 @@ def plan(
         import testbed
 
         if "model" not in loaded:
-            loaded["model"] = testbed.smollm2(torch.bfloat16)  # for all arms alike
+            loaded["model"] = testbed.smollm2(dtype)
         model, tokenizer = loaded["model"]
         if (task, start) not in loaded:
             every = testbed.ruler(task, TOKENS, start + BLOCK, 0, tokenizer)[start:]
@@ -184,6 +184,9 @@ def main(
     minutes: Annotated[float, typer.Option(help="Start nothing later; run again to go on.")] = 1e9,
     windows: Annotated[int, typer.Option(help="Texts the heads are trained on.")] = 128,
     heads: Annotated[Path, typer.Option(help="Folder of the heads; made if missing.")] = RUNS,
+    dtype: Annotated[
+        str, typer.Option(help="Of the model: bfloat16, or float32 where that is faster.")
+    ] = "bfloat16",
     out: Annotated[Path, typer.Option(help="The results' file.")] = HERE / "results/quality.json",
 ) -> None:
     """RULER on SmolLM2-135M-Instruct at 1K tokens, 25 % and 12.5 % kept: NLL of the right answer
@@ -191,13 +194,18 @@ def main(
     Prints the tables of what is finished; run again to go on."""
     if unknown := set(group or ()) - set(GROUPS):
         raise ValueError(f"--group must be one of {', '.join(GROUPS)}, got {unknown.pop()!r}")
-    trained = {n: smollm2_heads(windows, heads / n, make=make) for n, make in MAKE.items()}
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"--dtype must be bfloat16 or float32, got {dtype!r}")
+    kind = getattr(torch, dtype)
+    trained = {
+        n: smollm2_heads(windows, heads / n, make=make, dtype=kind) for n, make in MAKE.items()
+    }
     overlap = {name: facts["overlap"] for name, (_, facts) in trained.items()}
-    settings = {"tokens": TOKENS, "chunk": CHUNK, "dtype": "bfloat16", "overlap": overlap}
+    settings = {"tokens": TOKENS, "chunk": CHUNK, "dtype": dtype, "overlap": overlap}
     cells = Cells(out, settings, minutes)
     eyes: dict[str, Any] = {name: found for name, (found, _) in trained.items()}
     eyes["both"] = HeadsAndKeyDiff(eyes["heads"])
-    cells.fill(plan(list(task or TASKS), list(group or GROUPS), samples, eyes))
+    cells.fill(plan(list(task or TASKS), list(group or GROUPS), samples, eyes, kind))
     found = {group: gathered(cells.cells, group) for group in GROUPS}
     cells.save(
         tests={

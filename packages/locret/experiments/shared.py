@@ -87,13 +87,13 @@ def question_texts(tokenizer: Any, count: int, length: int = 1024) -> list[Examp
 
 def smollm2_heads(
     count: int = 128, folder: Path = RUNS / "heads", config: TrainConfig = TRAIN,
-    make: Callable[[Any, int], list[Example]] = texts,
+    make: Callable[[Any, int], list[Example]] = texts, dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[RetainingHeads, dict[str, Any]]:  # fmt: skip
     """SmolLM2's heads, trained on first use; a killed training goes on. And how they rank."""
     if not (folder / "heads.json").exists():
         import testbed
 
-        model, tokenizer = testbed.smollm2(torch.bfloat16)
+        model, tokenizer = testbed.smollm2(dtype)
         began = time.perf_counter()
 
         def progress(text: str, done: float) -> None:
