@@ -33,6 +33,7 @@ COPIES = {
     "native/broadcast_gemm.hpp": ATTENTION,
     "native/compress.hpp": ATTENTION,
     "native/cpu_level.hpp": [*NATIVE, "ultraclean"],
+    "native/few_floats.hpp": ATTENTION,
     "native/few_heads.hpp": ATTENTION,
     "native/few_int8.hpp": ATTENTION,
     "native/formats.hpp": ATTENTION,

@@ -8,6 +8,7 @@
 // for all tokens: storing them would be 6 to 12 % more to read.
 #pragma once
 #include "args.h"
+#include "group_sums.hpp"
 #include "tiles.hpp"
 
 namespace native {
@@ -32,6 +33,13 @@ inline void widen_panel(const uint8_t *from, int64_t cols, uint8_t *to) {
 // stop at every page of 4 KB.
 constexpr ptrdiff_t FAR_AHEAD = 2048;
 
+// As many products as registers hold: of so many tokens, and panels.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int TOKENS_AT_ONCE = 4, PANELS_AT_ONCE = 1;
+#else
+constexpr int TOKENS_AT_ONCE = 6, PANELS_AT_ONCE = 2;
+#endif
+
 // What follows makes `out` [R][N][16] for N tokens of a block of W and R panels, whose weights lie `apart` bytes from each
 // other. Several panels share the broadcasts, several tokens the loads of weights.
 
@@ -53,10 +61,47 @@ inline void sum_panel(const uint8_t *w, int64_t groups, int group, int32_t *sums
     }
 }
 
-// NIBBLES: two columns in a byte, as int4 is stored. Scales of the panels lie `scales_apart` from each other, and so do the
+// The products of a group's weights at w, which moves on, as does a. For a single token the sums of weights are made too.
+template <int N, int W, int R, Weights KIND>
+inline void group_products(const uint8_t *&w, ptrdiff_t apart, const int8_t *&a, int size, Panel::I (&acc)[R][N], Panel::I &sum) {
+    using P = Panel;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    static_assert(R == 1, "there are registers for one panel");
+    const int64_t bytes = int64_t(size) * (KIND == NIBBLES ? ROWS / 2 : ROWS);
+    if constexpr (KIND == BYTES)
+        GroupSums::bytes<N, W>(w, a, size, FAR_AHEAD, acc[0], &sum);
+    else
+        for (int k = 0; k < size; k += 32) {
+            const uint8_t *from = w + bytes / size * k;
+            if constexpr (KIND == NIBBLES)
+                GroupSums::nibbles(from, a + k * W, FAR_AHEAD, acc[0], &sum);
+            else
+                GroupSums::small<N, W>(from, a + k * W, acc[0]);
+        }
+    w += bytes, a += size * W;
+#else
+    for (int k = 0; k < size; k += KIND == NIBBLES ? 8 : 4, w += 64) {
+        if (N == 1) __builtin_prefetch(w + FAR_AHEAD);
+        typename P::I bytes[R];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) bytes[r] = P::bytes(w + r * apart);
+        if (N == 1) sum = P::dot(sum, KIND == NIBBLES ? P::add(P::low(bytes[0]), P::high(bytes[0])) : bytes[0], P::ones());
+#pragma GCC unroll 2
+        for (int half = 0; half < (KIND == NIBBLES ? 2 : 1); ++half, a += W * 4)
+#pragma GCC unroll 12
+            for (int t = 0; t < N; ++t) {
+                const auto four = P::unit(a + t * 4);
+#pragma GCC unroll 2
+                for (int r = 0; r < R; ++r) acc[r][t] = P::dot(acc[r][t], KIND != NIBBLES ? bytes[r] : half ? P::high(bytes[r]) : P::low(bytes[r]), four);
+            }
+    }
+#endif
+}
+
+// Scales of the panels lie `scales_apart` from each other, and so do the
 // sums of their groups, which for a single token are made here, and shifts. A shift is multiplied by the sum of the
 // activations: that is a start without minus the zero point of weights, which is 8 where they have shifts.
-template <int N, int W, int R, bool NIBBLES>
+template <int N, int W, int R, Weights KIND>
 inline void integer_panels(const uint8_t *w, ptrdiff_t apart, const uint16_t *scales, const uint16_t *shifts, const int32_t *sums,
                            ptrdiff_t scales_apart, const int8_t *a, Groups of, float *out) {
     using P = Panel;
@@ -73,21 +118,7 @@ inline void integer_panels(const uint8_t *w, ptrdiff_t apart, const uint16_t *sc
 #pragma GCC unroll 2
             for (int r = 0; r < R; ++r) acc[r][t] = start;
         }
-        for (int k = 0; k < of.size; k += NIBBLES ? 8 : 4, w += 64) {
-            if (N == 1) __builtin_prefetch(w + FAR_AHEAD);
-            typename P::I bytes[R];
-#pragma GCC unroll 2
-            for (int r = 0; r < R; ++r) bytes[r] = P::bytes(w + r * apart);
-            if (N == 1) sum = P::dot(sum, NIBBLES ? P::add(P::low(bytes[0]), P::high(bytes[0])) : bytes[0], P::ones());
-#pragma GCC unroll 2
-            for (int half = 0; half < (NIBBLES ? 2 : 1); ++half, a += W * 4)
-#pragma GCC unroll 12
-                for (int t = 0; t < N; ++t) {
-                    const auto four = P::unit(a + t * 4);
-#pragma GCC unroll 2
-                    for (int r = 0; r < R; ++r) acc[r][t] = P::dot(acc[r][t], !NIBBLES ? bytes[r] : half ? P::high(bytes[r]) : P::low(bytes[r]), four);
-                }
-        }
+        group_products<N, W, R, KIND>(w, apart, a, of.size, acc, sum);
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r) {
             if (N > 1) sum = P::bytes(sums + r * scales_apart + g * ROWS);
@@ -175,7 +206,7 @@ struct Product {
     char *work;
 
     // `count` of N tokens from `token` on, for R panels from p on, whose weights lie at `w`.
-    template <int N, int W, int R, bool NIBBLES> void part(int64_t p, const uint8_t *w, int64_t token, int count) const {
+    template <int N, int W, int R, Weights KIND> void part(int64_t p, const uint8_t *w, int64_t token, int count) const {
         alignas(64) float out[R * N * ROWS];
         for (int t = 0; t < count; ++t)  // far apart, each on a page of its own
             for (int r = 0; r < R; ++r) __builtin_prefetch(a.out + (token + t) * m.rows + (p + r) * ROWS, 1);
@@ -188,7 +219,7 @@ struct Product {
         } else {
             const int64_t groups = m.cols / m.group, at = block * groups + t0;
             const Groups of{a.from.scales + at, a.from.offsets + at, a.from.zeros + at, groups, m.group};
-            integer_panels<N, W, R, NIBBLES>(w, NIBBLES ? apart : ROWS * m.cols, m.scales + p * groups * ROWS,
+            integer_panels<N, W, R, KIND>(w, KIND == NIBBLES ? apart : ROWS * m.cols, m.scales + p * groups * ROWS,
                                              m.shifts ? m.shifts + p * groups * ROWS : nullptr, sums_of_panels(), groups * ROWS,
                                              reinterpret_cast<const int8_t *>(rows), of, out);
         }
@@ -218,7 +249,7 @@ struct Product {
     void vector(int64_t begin, int64_t end) const {
         const uint8_t *w = static_cast<const uint8_t *>(m.data);
         for (int64_t p = begin; p < end; ++p)
-            m.kind == CPMCU_INT4 ? part<1, 1, 1, true>(p, w + p * panel_bytes(m), 0, 1) : part<1, 1, 1, false>(p, w + p * panel_bytes(m), 0, 1);
+            m.kind == CPMCU_INT4 ? part<1, 1, 1, NIBBLES>(p, w + p * panel_bytes(m), 0, 1) : part<1, 1, 1, BYTES>(p, w + p * panel_bytes(m), 0, 1);
     }
 
     template <int R> void panels(int64_t p, int64_t begin, int64_t end) const {
@@ -232,10 +263,14 @@ struct Product {
             const int64_t groups = m.cols / m.group;
             for (int r = 0; r < R; ++r) sum_panel(w + r * ROWS * m.cols, groups, m.group, sums_of_panels() + r * groups * ROWS);
         }
-        constexpr int N = 6;
+        m.kind == CPMCU_INT4 ? tokens_of<R, SMALL_BYTES>(p, w, begin, end) : tokens_of<R, BYTES>(p, w, begin, end);
+    }
+
+    template <int R, Weights KIND> void tokens_of(int64_t p, const uint8_t *w, int64_t begin, int64_t end) const {
+        constexpr int N = TOKENS_AT_ONCE;
         for (int64_t t = begin; t < end; t += N) {
             const int64_t left = tokens - t;
-            left > 3 ? part<N, TOKENS, R, false>(p, w, t, int(left < N ? left : N)) : part<3, TOKENS, R, false>(p, w, t, int(left));
+            left > N / 2 ? part<N, TOKENS, R, KIND>(p, w, t, int(left < N ? left : N)) : part<N / 2, TOKENS, R, KIND>(p, w, t, int(left));
         }
     }
 
@@ -329,7 +364,7 @@ inline int32_t multiply(const cpmcu_multiply_args &a, int32_t ith, int32_t nth) 
     for (int64_t t = 0; t < product.tokens; t += some) {
         const int64_t until = t + some < product.tokens ? t + some : product.tokens;
         int64_t p = begin;
-        for (; p + 2 <= end; p += 2) product.panels<2>(p, t, until);
+        for (; p + PANELS_AT_ONCE <= end; p += PANELS_AT_ONCE) product.panels<PANELS_AT_ONCE>(p, t, until);
         for (; p < end; ++p) product.panels<1>(p, t, until);
     }
     return 0;

@@ -117,31 +117,30 @@ struct Panel {
         return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
     }
     static float most(F x) {
-        float all[ROWS], best;
-        store(all, x), best = all[0];
-        for (float v : all) best = v > best ? v : best;
-        return best;
+        const __m256 eight = _mm256_max_ps(x.a, x.b);
+        const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
     }
     static float sum(F x) {
-        float all[ROWS], total = 0.f;
-        store(all, x);
-        for (float v : all) total += v;
-        return total;
+        const __m256 eight = _mm256_add_ps(x.a, x.b);
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
     }
     static int32_t sum(I x) {
-        int32_t all[ROWS], total = 0;
-        std::memcpy(all, &x, sizeof all);
-        for (int32_t v : all) total += v;
-        return total;
+        const __m256i eight = _mm256_add_epi32(x.a, x.b);
+        const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+        const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+        return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
     }
     static bool any_nan(F x) {
         return _mm256_movemask_ps(_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q)) | _mm256_movemask_ps(_mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q));
     }
     static I round(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
-    static void store_bytes(int8_t *p, I x) {
-        int32_t all[ROWS];
-        std::memcpy(all, &x, sizeof all);
-        for (int i = 0; i < ROWS; ++i) p[i] = int8_t(all[i]);
+    static void store_bytes(int8_t *p, I x) {  // of lanes that fit
+        const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+        _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
     }
     static F halves(const uint16_t *p) {
         return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};

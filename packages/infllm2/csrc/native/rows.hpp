@@ -3,6 +3,7 @@
 // arXiv 1805.02867; FlashAttention, 2205.14135). Rows are lanes: heads of a group, or tokens × heads.
 #pragma once
 #include "attend_args.h"
+#include "few_floats.hpp"
 #include "few_int8.hpp"
 
 namespace native {
@@ -260,7 +261,8 @@ template <class Format> struct Unit {
 
     // Share `split` of `splits` of the keys: the listed blocks, or all.
     void visit_all(const int32_t *blocks, int64_t width, int64_t split, int64_t splits) {
-        [[maybe_unused]] const bool alone = tokens == 1 && !a->window;
+        // The only token: how many share a unit depends on the number of threads, and results must not.
+        [[maybe_unused]] const bool alone = a->shape.queries == 1 && !a->window;
 #if defined(__AVX512BF16__)
 #if defined(__AVX512VNNI__)
         if constexpr (Format::FEW_HEADS && std::is_same<Cached, int8_t>::value) {
@@ -286,6 +288,21 @@ template <class Format> struct Unit {
                 few.put(r.out, r.top, r.sum, L);
             };
             if (alone && a->k.row == a->v.row && with_few_heads(a->shape.group, dim, [&](int g) { return query(g); }, a->scale * LOG2E, visit_few)) return;
+        }
+#endif
+#if defined(__AVX2__)
+        if constexpr (!Format::FEW_HEADS) {
+            const auto visit_few = [&](auto &few) {
+                for_tiles_of_keys(blocks, width, split, splits, [&](int64_t start, int n, int64_t next) {
+                    const auto [k, v] = cached_at(start);
+                    const ptrdiff_t ahead = next < 0 ? 0 : (next - start) * a->k.row;
+                    few.visit(k, v, n, k + ahead, v + ahead);
+                });
+                few.put(r.out, r.top, r.sum, L);
+            };
+            if (alone && a->k.row == a->v.row &&
+                with_few_floats<Cached, Format::EXP_DEGREE>(a->shape.group, dim, a->k.row, [&](int g) { return query(g); }, a->scale * LOG2E, visit_few))
+                return;
         }
 #endif
         for_tiles_of_keys(blocks, width, split, splits, [&](int64_t start, int n, int64_t next) { visit(start, n, next); });
