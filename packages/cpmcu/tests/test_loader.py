@@ -93,10 +93,13 @@ def test_dtypes_are_converted(folder):
 
 
 def test_dtype_auto_follows_the_processor(folder):
+    from cpmcu import cpu_library
     from cpmcu.plan import native_bf16
 
-    expected = torch.bfloat16 if native_bf16() else torch.float32
-    assert Engine.from_pretrained(folder).dtype == expected
+    kinds = {True: torch.bfloat16, False: torch.float32}
+    quick = native_bf16() or cpu_library.vectors()
+    assert Engine.from_pretrained(folder).dtype == kinds[quick]
+    assert Engine.from_pretrained(folder, backend="reference").dtype == kinds[native_bf16()]
     for wrong in ("int8", "nonsense", torch.float64):
         with pytest.raises(ValueError, match="dtype must be 'auto', 'float32', 'bfloat16' or"):
             Engine.from_pretrained(folder, dtype=wrong)

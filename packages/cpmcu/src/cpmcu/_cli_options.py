@@ -20,7 +20,7 @@ DType = Annotated[
     str,
     typer.Option(
         help="auto, float32, bfloat16, on a GPU also float16 (auto: bf16 on a GPU and where the "
-        "processor has it)."
+        "CPU's kernels are no slower in it)."
     ),
 ]
 Quant = Annotated[

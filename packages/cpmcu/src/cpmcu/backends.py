@@ -78,16 +78,19 @@ def choose(backend: str, quant: str, spec: ModelSpec, dtype: str) -> str:
 
 def resolve_dtype(dtype: Any, backend: str, quant: str, spec: ModelSpec) -> str:
     """The name of the compute dtype; "auto" is bfloat16 where a GPU will run `spec`, else `plan`'s
-    choice.
+    choice for the backend that will.
 
     Raises:
         ValueError: unknown.
     """
     automatic = isinstance(dtype, str) and dtype == "auto"
-    if not automatic or backend not in ("auto", "gpu") or not gpu_device.present():
-        return plan.resolve_dtype(dtype)
-    on_gpu = can_run("gpu", quant, spec, "bfloat16")[0]
-    return "bfloat16" if on_gpu else plan.resolve_dtype(dtype)
+    if automatic and backend in ("auto", "gpu") and gpu_device.present():
+        if can_run("gpu", quant, spec, "bfloat16")[0]:
+            return "bfloat16"
+    kernels = (
+        automatic and backend in ("auto", "cpu") and can_run("cpu", quant, spec, "bfloat16")[0]
+    )
+    return plan.resolve_dtype(dtype, kernels)
 
 
 def stored_quant(source: Source, backend: str, spec: ModelSpec, dtype: str) -> str | None:

@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 BITS = {"int4": 4, "int8": 8}
 GROUPS = (32, 64, 128)
 RANGES = {4: (-8, 7), 8: (-128, 127)}
+_SLAB = 4096  # groups of a search: what it makes of them stays in a cache
 
 
 @cache
-def _fractions() -> list[float]:
-    """Of the scale that covers the largest weight: clipping it a little can cost less than coarser
-    steps for all the others.
+def _fractions(bits: int) -> list[float]:
+    """Of the scale that covers the largest weight.
+
+    In 4 bits clipping it a little can cost less than coarser steps for all the others. In 8 bits
+    nothing is clipped: what counts is that the steps fall on the weights, those of a model that
+    was rounded before above all.
     """
-    return torch.linspace(0.6, 1.1, 26).tolist()
+    low, high, count = (0.6, 1.1, 26) if bits == 4 else (0.99, 1.3, 64)
+    return torch.linspace(low, high, count).tolist()
 
 
 @dataclass(slots=True)
@@ -114,7 +119,7 @@ def scales_for(
         groups: float [..., g].
         bits: 4 or 8.
         search: as above.
-        importance: weight of each column's squared error, broadcast to `groups`; None: 1.
+        importance: weight of each column's squared error, float [g]; None: 1.
 
     Returns:
         float16 [...].
@@ -123,19 +128,28 @@ def scales_for(
     full = -extreme / 8 if bits == 4 else extreme.abs() / 127
     best = full.half()
     if search:
-        least = torch.full_like(extreme, torch.inf)
-        chosen = best.clone()
-        for sign in (1, -1) if bits == 4 else (1,):
-            for fraction in _fractions():
-                scale = (full * sign * fraction).half()
-                error = (groups - held(groups, scale, bits)).square()
-                error = (error if importance is None else error * importance).sum(-1)
-                better = error < least
-                least, chosen = least.where(~better, error), chosen.where(~better, scale)
-        best = chosen
+        flat, best = groups.flatten(0, -2), best.clone()
+        for part, wide, found in zip(
+            flat.split(_SLAB), full.flatten().split(_SLAB), best.view(-1).split(_SLAB), strict=True
+        ):
+            found.copy_(_searched(part, wide, bits, importance))
     if not bool(best.isfinite().all()):
         raise ValueError("weights above 65504 * 8, or not finite, have no float16 scale")
     return best
+
+
+def _searched(groups: Tensor, full: Tensor, bits: int, importance: Tensor | None) -> Tensor:
+    """Of the tried fractions of `full` [n] the scale float16 [n] that loses least of [n, g]."""
+    least = torch.full_like(full, torch.inf)
+    chosen = full.half()
+    for sign in (1, -1) if bits == 4 else (1,):
+        for fraction in _fractions(bits):
+            scale = (full * sign * fraction).half()
+            error = (groups - held(groups, scale, bits)).square()
+            error = (error if importance is None else error * importance).sum(-1)
+            better = error < least
+            least, chosen = least.where(~better, error), chosen.where(~better, scale)
+    return chosen
 
 
 def nearest_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:

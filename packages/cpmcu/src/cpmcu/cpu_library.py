@@ -276,15 +276,10 @@ def kernels() -> tuple[Kernels | None, str]:
     return (None, reason) if library is None else (Kernels(library), "")
 
 
-def native_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 numbers, by the kernels or by its own account."""
+def vectors() -> bool:
+    """Whether the kernels compute with vectors (AVX2 or later)."""
     library, _ = kernels()
-    if library is not None:
-        return library.level in ("avx512_bf16", "amx")
-    try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:
-        return False
+    return library is not None and library.level != "scalar"
 
 
 def loaded() -> Kernels:

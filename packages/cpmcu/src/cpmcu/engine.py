@@ -79,8 +79,8 @@ class Engine(Session):
         Args:
             path: transformers folder (safetensors, or packed by bitcpm) or .gguf file.
             dtype: of weights and arithmetic, PyTorch's or its name: "float32", "bfloat16", on a
-                GPU also "float16", or "auto" (bf16 on a GPU and where the processor multiplies it
-                natively, else fp32).
+                GPU also "float16", or "auto" (bf16 on a GPU and where the CPU's kernels are no
+                slower in it, else fp32).
             quant: weights in memory: a name of `dtype`, "int8" or "int4" (32 columns to a
                 scale), "ternary" (weights that are ternary already, kept exactly; needs bitcpm);
                 with the last two embedding and head have 8 bits, and with "ternary" matrices that

@@ -69,14 +69,15 @@ def resolve_spec(spec: ModelSpec, sparse: str | SparseAttention, kv: str) -> Mod
     return dataclasses.replace(spec, sparse=found, int8_cache=kv == "int8")
 
 
-def resolve_dtype(name: Any) -> str:
+def resolve_dtype(name: Any, kernels: bool = False) -> str:
     """The name of the compute dtype: of a PyTorch dtype, of a name, or of "auto".
 
-    "auto" is bf16 where the processor multiplies it natively (AVX-512 BF16 or AMX) and fp32
-    elsewhere: emulated bf16 products are slower than fp32, and bf16 halves the bytes per token.
+    "auto" is bf16, half the bytes per token, where it is not slower than fp32: where the processor
+    multiplies it natively (AVX-512 BF16 or AMX), or `kernels` run the model with vectors (AVX2)
+    that widen it on the way. PyTorch without native products takes six times as long for bf16.
     """
     if isinstance(name, str) and name == "auto":
-        return "bfloat16" if native_bf16() else "float32"
+        return "bfloat16" if native_bf16() or (kernels and cpu_library.vectors()) else "float32"
     dtype = dtypes.name_of(name)
     if dtype not in dtypes.FLOATS:
         raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', got {name!r}")
@@ -84,8 +85,14 @@ def resolve_dtype(name: Any) -> str:
 
 
 def native_bf16() -> bool:
-    """Whether this processor has bf16 dot products."""
-    return cpu_library.native_bf16()
+    """Whether this processor multiplies bfloat16 numbers, by the kernels or by its own account."""
+    library, _ = cpu_library.kernels()
+    if library is not None:
+        return library.level in ("avx512_bf16", "amx")
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
 
 
 def resolve_quant(quant: str, dtype: str, stored: str | None = None) -> str:
@@ -228,12 +235,12 @@ def make(
         )
     source = Source(path)
     spec = resolve_spec(source.spec, sparse, kv)
-    compute = "bfloat16" if gpu and dtype == "auto" else resolve_dtype(dtype)
     runs = "gpu" if gpu else "reference"
     if not gpu and backend != "reference":
         from cpmcu import cpu_backend
 
-        runs = "cpu" if cpu_backend.is_supported(spec, compute)[0] else runs
+        runs = "cpu" if cpu_backend.is_supported(spec, "bfloat16")[0] else runs
+    compute = "bfloat16" if gpu and dtype == "auto" else resolve_dtype(dtype, runs == "cpu")
     stored = source.native_quant if runs == "cpu" else source.quant
     quant = resolve_quant(quant, compute, "ternary" if source.kind == "ternary" else stored)
     context = spec.max_context if context is None else context
