@@ -164,16 +164,27 @@ class Multiplier {
         for (int i = 0; i < N; ++i)
             for (int64_t c = 0; c < part.columns; c += 64) __builtin_prefetch(x[i] + next + c);
         const char *d = digits + v * 64;
-        for (int64_t c = 0; c < part.columns; c += 4, d += 256) {
-            I w[LANES];
-#pragma GCC unroll 4
-            for (int j = 0; j < LANES; ++j) w[j] = load(d + 64 * j);
+        for (int64_t c = 0; c < part.columns;) {
+            I some[LANES][N];
 #pragma GCC unroll 8
-            for (int i = 0; i < N; ++i) {
-                const I b = broadcast(x[i] + c);
+            for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
-                for (int j = 0; j < LANES; ++j) acc[j][i] = dot(acc[j][i], w[j], b);
+                for (int j = 0; j < LANES; ++j) some[j][i] = begin_words(acc[j][i]);
+            for (const int64_t stop = smaller(part.columns, c + WORD_COLUMNS); c < stop; c += 4, d += 256) {
+                I w[LANES];
+#pragma GCC unroll 4
+                for (int j = 0; j < LANES; ++j) w[j] = load(d + 64 * j);
+#pragma GCC unroll 8
+                for (int i = 0; i < N; ++i) {
+                    const I b = broadcast(x[i] + c);
+#pragma GCC unroll 4
+                    for (int j = 0; j < LANES; ++j) some[j][i] = dot_words(some[j][i], w[j], b);
+                }
             }
+#pragma GCC unroll 8
+            for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+                for (int j = 0; j < LANES; ++j) acc[j][i] = end_words(acc[j][i], some[j][i]);
         }
         if (!part.ends) {
 #pragma GCC unroll 8

@@ -30,17 +30,24 @@ __attribute__((noinline)) inline void multiply_planes(const char *codes, const i
     sum[0] = add(sum[0], a.total()), sum[1] = add(sum[1], b.total());
     sum[2] = add(sum[2], c.total()), sum[3] = add(sum[3], d.total());
 #else
-    for (int v = 0; v < 4; ++v) {
-        I acc = sum[v];
-        for (int64_t c = 0; c < n; c += 16) {
-            const I w = load(codes + 16 * c + 64 * v);
-            acc = dot(acc, both(w, mask), broadcast(x + c));
-            acc = dot(acc, both(shift_right<2>(w), mask), broadcast(x + c + 4));
-            acc = dot(acc, both(shift_right<4>(w), mask), broadcast(x + c + 8));
-            acc = dot(acc, both(shift_right<6>(w), mask), broadcast(x + c + 12));
+    for (int v = 0; v < 4; v += 2)
+        for (int64_t c = 0; c < n;) {
+            I some[2] = {begin_words(sum[v]), begin_words(sum[v + 1])};
+            for (const int64_t stop = smaller(n, c + WORD_COLUMNS); c < stop; c += 16) {
+                const I x0 = broadcast(x + c), x1 = broadcast(x + c + 4), x2 = broadcast(x + c + 8), x3 = broadcast(x + c + 12);
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; ++j) {
+                    const char *p = codes + 16 * c + 64 * (v + j);
+                    __builtin_prefetch(p + FAR_AHEAD);
+                    const I w = load(p);
+                    some[j] = dot_words(some[j], both(w, mask), x0);
+                    some[j] = dot_words(some[j], both(shift_right<2>(w), mask), x1);
+                    some[j] = dot_words(some[j], both(shift_right<4>(w), mask), x2);
+                    some[j] = dot_words(some[j], both(shift_right<6>(w), mask), x3);
+                }
+            }
+            sum[v] = end_words(sum[v], some[0]), sum[v + 1] = end_words(sum[v + 1], some[1]);
         }
-        sum[v] = acc;
-    }
 #endif
 }
 
