@@ -1,9 +1,9 @@
 // The products: few tokens straight from packed weights, many from digits that are unpacked once for all of them.
 #pragma once
+#include "fives.hpp"
 #include "planes.hpp"
 #include "tables.hpp"
 #include "tiles.hpp"
-#include "unpack.hpp"
 
 namespace bitcpm {
 inline namespace NATIVE_LEVEL {
@@ -74,6 +74,28 @@ class Multiplier {
         for (int v = 0; v < 4; ++v) write(y[v], block * BLOCK + v * 16, t);
     }
 
+#if BITCPM_FIVES
+    // Strip by strip, span by span: its blocks' codes lie between each other.
+    void fives(int64_t strip) const {
+        const int64_t first = strip * strip_of(s), count = smaller(strip_of(s), blocks_of(s) - first);
+        F y[MOST_STRIP][4];
+        I sum[MOST_STRIP][4];
+        for (auto &sixteens : y) for (F &each : sixteens) each = fzero();
+        const char *p = a->weights + Place(s, first).start;
+        each_part(s, [&](const Part &part) {
+            for (int64_t r = 0; r < count; ++r) {
+                const Place place(s, first + r);
+                if (part.begins) for (I &each : sum[r]) each = set(-sums(0)[part.group]);
+                multiply_fives(p + place.codes(part), place.strip_blocks, values(0) + part.first, part.columns, sum[r]);
+                const char *scale = p + place.scales(part, s);
+                if (part.ends) for (int v = 0; v < 4; ++v) y[r][v] = fadd(y[r][v], fmul(to_float(sum[r][v]), times(sixteen(scale, v), 0, part.group)));
+            }
+            p += Place(s, first).panel_blocks * part.unit;
+        });
+        for (int64_t r = 0; r < count; ++r) for (int v = 0; v < 4; ++v) write(y[r][v], (first + r) * BLOCK + v * 16, 0);
+    }
+#endif
+
 #if BITCPM_VNNI
     // One span of a strip of R blocks for one token; y and partial are what its rows have so far.
     template <int R>
@@ -132,7 +154,9 @@ class Multiplier {
                 for (int64_t t = 0; t < a->tokens; ++t) planes(a->weights + Place(s, block).start, block, t);
             return;
         }
-#if BITCPM_VNNI
+#if BITCPM_FIVES
+        for (int64_t strip = begin; strip < end; ++strip) fives(strip);
+#elif BITCPM_VNNI
         const int64_t width = strip_of(s), most = panel_of(s) / width;
         // Too few rows to make tables for.
         if ((end - begin) * width <= a->tokens) return matrix(begin * width, smaller(end * width, blocks_of(s)), work);
@@ -423,7 +447,7 @@ inline int32_t multiply(const bitcpm_multiply_args *a, int32_t ith, int32_t nth)
     if (!aligned(a->weights) || !aligned(a->prepared) || !aligned(a->work) || a->work_stride % 64) return 2;
     const Multiplier multiplier(a);
     char *work = a->work + ith * a->work_stride;
-    const bool packed = a->shape.codec == BITCPM_2BIT || BITCPM_VNNI;
+    const bool packed = a->shape.codec == BITCPM_2BIT || BITCPM_VNNI || (BITCPM_FIVES && a->tokens == 1);
     if (a->mode != BITCPM_EXACT && packed && a->tokens <= TABLE_TOKENS) {
         const int64_t strips = strips_of(a->shape);
         multiplier.vector(share(strips, ith, nth), share(strips, ith + 1, nth), work);

@@ -70,17 +70,16 @@ struct Digits {
 #else
     void of(const char *codes, Bytes *d) const {
         const Bytes x = _mm256_loadu_si256((const Bytes *)codes), one = _mm256_set1_epi8(1);
-        const Bytes negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), x);
-        Bytes v = _mm256_sub_epi8(_mm256_xor_si256(_mm256_and_si256(x, _mm256_set1_epi8(127)), negative), negative);
+        Bytes v = _mm256_sign_epi8(_mm256_and_si256(x, _mm256_set1_epi8(127)), _mm256_or_si256(x, one));
         // The last digit decides by how much v lies beyond what the others can reach: 81 against 40, and so on.
         constexpr int8_t place[] = {1, 3, 9, 27, 81}, reach[] = {0, 1, 4, 13, 40};
 #pragma GCC unroll 4
         for (int l = 4; l > 0; --l) {
             const Bytes above = _mm256_cmpgt_epi8(v, _mm256_set1_epi8(reach[l]));
             const Bytes below = _mm256_cmpgt_epi8(_mm256_set1_epi8(int8_t(-reach[l])), v);
-            const Bytes p = _mm256_set1_epi8(place[l]);
-            d[l] = _mm256_add_epi8(_mm256_sub_epi8(one, above), below);
-            v = _mm256_add_epi8(_mm256_sub_epi8(v, _mm256_and_si256(above, p)), _mm256_and_si256(below, p));
+            const Bytes sign = _mm256_sub_epi8(below, above);
+            d[l] = _mm256_add_epi8(sign, one);
+            v = _mm256_sub_epi8(v, _mm256_sign_epi8(_mm256_set1_epi8(place[l]), sign));
         }
         d[0] = _mm256_add_epi8(v, one);
     }
