@@ -41,8 +41,9 @@ QUANTISED = {
     "p-gptq-drop": {"method": "p-gptq", "prefix": "drop"},
     "p-gptq-act": {"method": "p-gptq", "act_order": True},
     "p-gptq-64": {"method": "p-gptq", "group": 64},
-    "int8-rtn": {"method": "rtn", "bits": 8},
+    "int8-rtn": {"method": "rtn", "bits": 8, "search": False},
     "int8-rtn-search": {"method": "rtn", "bits": 8, "search": True},
+    "int8-gptq": {"method": "gptq", "bits": 8},
     "int8-p-gptq": {"method": "p-gptq", "bits": 8},
 }
 # name: (label, how). "engine" takes options of the engine, "made" a folder of QUANTISED, "exact"
@@ -54,6 +55,8 @@ ROWS: dict[str, tuple[str, str, Any]] = {
     "int8": ("int8, rounded to nearest", "engine", {"quant": "int8"}),
     "int8-exact": ("the same, activations exact", "exact", "int8-rtn"),
     "int8-search": ("int8, searched scales", "made", "int8-rtn-search"),
+    "int8-search-exact": ("the same, activations exact", "exact", "int8-rtn-search"),
+    "int8-gptq": ("int8, GPTQ", "made", "int8-gptq"),
     "int8-p-gptq": ("int8, P-GPTQ", "made", "int8-p-gptq"),
     "file": ("its own file, Q4_1, codes kept", "file", None),
     "int4": ("int4, rounded to nearest", "engine", {"quant": "int4"}),

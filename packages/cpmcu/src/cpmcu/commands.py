@@ -123,8 +123,8 @@ def quantize(
         bool | None,
         typer.Option(
             "--search/--no-search",
-            help="Choose scales by their squared error, not by the largest weight; default: all "
-            "methods but rtn.",
+            help="Choose scales by their squared error, not by the largest weight; default: "
+            "always but for rtn in 4 bits.",
         ),
     ] = None,
     skip: Annotated[

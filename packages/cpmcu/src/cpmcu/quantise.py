@@ -44,7 +44,7 @@ class Options:
     """How to quantise.
 
     `samples` windows of `length` tokens are drawn from the calibration text with `seed`; `damp`,
-    `act_order` and `search` as in `gptq.gptq` and `codes.nearest` (None: all but "rtn" search);
+    `act_order` and `search` as in `gptq.gptq` and `codes.nearest` (None: all but "rtn" in 4 bits);
     p-gptq holds `skip` first positions back: scaled down to the size of the others (`prefix`
     "level"), or left out of the Hessian ("drop", the paper's). Embedding and head are rounded to 8
     bits.
@@ -80,7 +80,7 @@ class Options:
     @property
     def searches(self) -> bool:
         """Whether scales are chosen by their squared error."""
-        return self.calibrated if self.search is None else self.search
+        return self.calibrated or self.bits == 8 if self.search is None else self.search
 
     @property
     def calibrated(self) -> bool:
