@@ -19,7 +19,17 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from shared import HERE, QUICK, Cells, budget, dense, random_blocks, table, window_alone
+from shared import (
+    HERE,
+    QUICK,
+    Cells,
+    budget,
+    dense,
+    quick_dtype,
+    random_blocks,
+    table,
+    window_alone,
+)  # fmt: skip
 from torch import Tensor
 
 from infllm2 import InfLLMv2Config, SparseCache, sparse
@@ -124,8 +134,7 @@ def plan(texts: dict[str, dict[int, int]], budgets: list[str]) -> Iterator[tuple
         import testbed
 
         if "model" not in loaded:
-            # bfloat16 for all modes alike: it halves the time.
-            loaded["model"], tokenizer = testbed.smollm2(torch.bfloat16)
+            loaded["model"], tokenizer = testbed.smollm2(quick_dtype())  # for all modes alike
             loaded["model"].tokenizer = tokenizer
         key = task, length
         if key not in loaded:
@@ -240,7 +249,12 @@ def main(
     cells = Cells(
         "ruler",
         out or (QUICK if quick else HERE),
-        {"texts": texts, "budgets": budgets, "new_tokens": NEW_TOKENS, "dtype": "bfloat16"},
+        {
+            "texts": texts,
+            "budgets": budgets,
+            "new_tokens": NEW_TOKENS,
+            "dtype": str(quick_dtype()).removeprefix("torch."),
+        },
         minutes,
     )
     if not cells.fill(plan(texts, budgets)):
