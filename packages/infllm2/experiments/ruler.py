@@ -29,7 +29,7 @@ from shared import (
     random_blocks,
     table,
     window_alone,
-)  # fmt: skip
+)
 from torch import Tensor
 
 from infllm2 import InfLLMv2Config, SparseCache, sparse
