@@ -109,7 +109,8 @@ def relative(got, wanted):
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])  # rows of q and k are interleaved in llama
 def test_a_file_in_q4_1_runs_as_stored(tiny_folder, to_gguf, tmp_path, arch):
-    model, _ = tiny_folder(arch)
+    # Heads of 20: one token's attention has no kernel of its own, which would sum in another order.
+    model, _ = tiny_folder(arch, hidden_size=160, num_attention_heads=8)
     file = to_gguf(model, tmp_path / "m.gguf", arch, kind=GGMLQuantizationType.Q4_1)
     ours = Engine.from_pretrained(file, dtype="float32", backend="cpu", max_context=100)
     plain = Engine.from_pretrained(file, dtype="float32", backend="reference")
@@ -122,9 +123,7 @@ def test_a_file_in_q4_1_runs_as_stored(tiny_folder, to_gguf, tmp_path, arch):
     assert relative(got, exact) < 0.2 * relative(symmetric.logits(IDS), exact)
     ours.reset()
     one = torch.stack([ours.decode(i) if n else ours.prefill([i]) for n, i in enumerate(IDS)])
-    # The first token's attention is exact; later ones' products are summed in another order.
-    assert torch.equal(one[0], got[0]) or cpu_library.loaded().level == "amx"
-    assert relative(one, got) < 0.01
+    assert torch.equal(one, got) or cpu_library.loaded().level == "amx"
     made = plan.make(file, dtype="float32", context=100, bandwidth=1e9, backend="cpu")
     assert made.weight_bytes == pytest.approx(ours._decoder.weights.nbytes, rel=0.02)
     assert made.quant == "int4" and made.weight_bytes > made.parameters * 5 / 8
