@@ -175,7 +175,7 @@ def windows(tokenizer: Any, count: int) -> list:
 
 def training() -> list[dict]:
     """Heads from nothing: seconds, and overlap with the best tenth on unseen documents."""
-    model, tokenizer = testbed.smollm2(torch.bfloat16)
+    model, tokenizer = testbed.smollm2(testbed.quick_dtype())
     texts, clock = windows(tokenizer, WINDOWS), RUNS / "seconds.json"
     spent = json.loads(clock.read_text()) if clock.exists() else 0.0
     began = time.perf_counter()
@@ -206,11 +206,11 @@ def official() -> list[dict]:
     collect(model, ids, answer, lambda layer, x, y: mine.append(y))
     worst = max((a - b).abs().max() for a, b in zip(mine, theirs.labels(ids, answer), strict=True))
     assert worst < 1e-2, f"the labels differ by {worst}"
-    half, _ = testbed.smollm2(torch.bfloat16)
+    quick, _ = testbed.smollm2(testbed.quick_dtype())
     pairs: list[tuple[float, float]] = []
     for text in few[:5]:
         began = time.perf_counter()
-        collect(half, text.ids[None], text.answer, lambda layer, x, y: None)
+        collect(quick, text.ids[None], text.answer, lambda layer, x, y: None)
         ours = time.perf_counter() - began
         began = time.perf_counter()
         theirs.labels(text.ids[None], text.answer)
@@ -222,7 +222,7 @@ def official() -> list[dict]:
         work = RUNS / "official"
         shutil.rmtree(work, ignore_errors=True)
         began = time.perf_counter()
-        train(half, few, TRAINING, work)
+        train(quick, few, TRAINING, work)
         ours = (time.perf_counter() - began) / len(few)
         shutil.rmtree(work)
         text = few[at]

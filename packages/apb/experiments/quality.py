@@ -81,9 +81,13 @@ def run(arguments: argparse.Namespace) -> None:
         if dtype_of(r) == arguments.dtype
     }
     cells = list(
-        itertools.product(range(arguments.samples), arguments.tokens, arguments.hosts,
-                          arguments.tasks)
-    )  # fmt: skip
+        itertools.product(
+            range(arguments.first, arguments.samples),
+            arguments.tokens,
+            arguments.hosts,
+            arguments.tasks,
+        )
+    )
     todo = [c for c in cells if (c[3], c[1], c[2], c[0]) not in done]
     end = time.monotonic() + 60 * arguments.minutes
     RESULTS.parent.mkdir(exist_ok=True)
@@ -156,6 +160,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
     parser.add_argument("--hosts", nargs="+", type=int, default=[4])
     parser.add_argument("--samples", type=int, default=64, help="of each task and length")
+    parser.add_argument("--first", type=int, default=0, help="the first sample of this run")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop after so long")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from ruler import ask, questions
-from shared import HERE, QUICK, Cells, Later, budget, dense, long_texts, quick_dtype, table
+from shared import HERE, QUICK, Cells, Later, budget, dense, long_texts, table
 from torch import Tensor
 
 from infllm2 import InfLLMv2Config, sparse
@@ -149,10 +149,12 @@ def update(
     clip: float,
 ) -> float:
     """One step on one sequence; the mean loss of its targets."""
+    import testbed
+
     wanted = targets[0, 1:]
     learnt = (wanted != -100).nonzero()[:, 0]
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=quick_dtype() == torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=testbed.quick_dtype() == torch.bfloat16):
         hidden = model.model(ids, use_cache=False).last_hidden_state[0]
         logits = model.lm_head(hidden[learnt])
     loss = torch.nn.functional.cross_entropy(logits.float(), wanted[learnt])
@@ -174,7 +176,7 @@ def measure(trained: str, mode: str, settings: Settings, work: Path) -> dict[str
     model, tokenizer = testbed.smollm2()
     if trained != "untrained":
         load_weights(model, work / f"{trained}.safetensors")
-    model = model.to(quick_dtype())
+    model = model.to(testbed.quick_dtype())
     model.tokenizer = tokenizer
     articles = long_texts("wikipedia", "test", settings.length, tokenizer)
     chosen = torch.linspace(0, len(articles) - 1, settings.articles).long().unique().tolist()

@@ -25,7 +25,6 @@ from shared import (
     Cells,
     budget,
     dense,
-    quick_dtype,
     random_blocks,
     table,
     window_alone,
@@ -134,7 +133,8 @@ def plan(texts: dict[str, dict[int, int]], budgets: list[str]) -> Iterator[tuple
         import testbed
 
         if "model" not in loaded:
-            loaded["model"], tokenizer = testbed.smollm2(quick_dtype())  # for all modes alike
+            # One dtype for all modes.
+            loaded["model"], tokenizer = testbed.smollm2(testbed.quick_dtype())
             loaded["model"].tokenizer = tokenizer
         key = task, length
         if key not in loaded:
@@ -243,6 +243,8 @@ def main(
     without any training, the window alone, and random blocks, at three budgets. Prints answers
     right, mean NLL of the right answer in nats per token, and blocks visited. Finished cells are
     kept: a killed run goes on."""
+    import testbed
+
     texts, budgets = TEXTS, list(BUDGETS)
     if quick:
         texts, budgets = {"niah_multikey_1": {768: 1}}, ["256 + 4"]
@@ -253,7 +255,7 @@ def main(
             "texts": texts,
             "budgets": budgets,
             "new_tokens": NEW_TOKENS,
-            "dtype": str(quick_dtype()).removeprefix("torch."),
+            "dtype": str(testbed.quick_dtype()).removeprefix("torch."),
         },
         minutes,
     )

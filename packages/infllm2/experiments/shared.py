@@ -22,12 +22,6 @@ QUICK = Path("runs/infllm2-quick")  # smoke runs must not touch the results in t
 NEVER = 1 << 30  # as `dense_len`: always dense, by the same kernels as sparse
 
 
-def quick_dtype() -> torch.dtype:
-    """bfloat16 where PyTorch is fast in it; with AVX2 alone float32 is six times as fast."""
-    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return torch.bfloat16 if fast else torch.float32
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -184,9 +184,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Start nothing later; run again to go on.")] = 1e9,
     windows: Annotated[int, typer.Option(help="Texts the heads are trained on.")] = 128,
     heads: Annotated[Path, typer.Option(help="Folder of the heads; made if missing.")] = RUNS,
-    dtype: Annotated[
-        str, typer.Option(help="Of the model: bfloat16, or float32 where that is faster.")
-    ] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Of the model: bfloat16 or float32.")] = "bfloat16",
     out: Annotated[Path, typer.Option(help="The results' file.")] = HERE / "results/quality.json",
 ) -> None:
     """RULER on SmolLM2-135M-Instruct at 1K tokens, 25 % and 12.5 % kept: NLL of the right answer
@@ -197,8 +195,11 @@ def main(
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"--dtype must be bfloat16 or float32, got {dtype!r}")
     kind = getattr(torch, dtype)
+    wanted = {name for chosen in group or GROUPS for name in GROUPS[chosen][0]}
     trained = {
-        n: smollm2_heads(windows, heads / n, make=make, dtype=kind) for n, make in MAKE.items()
+        name: smollm2_heads(windows, heads / name, make=make, dtype=kind)
+        for name, make in MAKE.items()
+        if name in wanted
     }
     overlap = {name: facts["overlap"] for name, (_, facts) in trained.items()}
     settings = {"tokens": TOKENS, "chunk": CHUNK, "dtype": dtype, "overlap": overlap}

@@ -93,6 +93,16 @@ def test_dtype() -> None:
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize(
+    "capability, dtype",
+    [("AVX512", torch.bfloat16), ("AVX512_BF16", torch.bfloat16), ("AVX2", torch.float32),
+     ("DEFAULT", torch.float32)],
+)  # fmt: skip
+def test_quick_dtype(capability: str, dtype: torch.dtype, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert testbed.quick_dtype() == dtype
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=60))
 def test_tokenizer_gives_text_back(tokenizer: Any, text: str) -> None:
