@@ -261,51 +261,54 @@ template <class Format> struct Unit {
 
     // Share `split` of `splits` of the keys: the listed blocks, or all.
     void visit_all(const int32_t *blocks, int64_t width, int64_t split, int64_t splits) {
-        // The only token: how many share a unit depends on the number of threads, and results must not.
-        [[maybe_unused]] const bool alone = a->shape.queries == 1 && !a->window;
+        [[maybe_unused]] const auto query_of = [&](int head) { return query(head); };
+        const auto tiles = [&](auto f) { for_tiles_of_keys(blocks, width, split, splits, f); };
+        [[maybe_unused]] const auto bytes = [](const Cached *p) { return reinterpret_cast<const char *>(p); };
 #if defined(__AVX512BF16__)
 #if defined(__AVX512VNNI__)
         if constexpr (Format::FEW_HEADS && std::is_same<Cached, int8_t>::value) {
-            const auto visit_few = [&](auto &few) {
-                for_tiles_of_keys(blocks, width, split, splits, [&](int64_t start, int n, int64_t next) {
-                    const auto [k, v] = cached_at(start);
-                    const ptrdiff_t ahead = next < 0 ? 0 : (next - start) * a->k.row;
-                    few.visit(k, v, a->k.row, n, reinterpret_cast<const char *>(k + ahead), reinterpret_cast<const char *>(v + ahead));
-                });
-                few.put(r.out, r.top, r.sum, L);
-            };
-            if (alone && a->k.row == a->v.row && with_few_int8(a->shape.group, dim, [&](int g) { return query(g); }, a->scale * LOG2E, visit_few)) return;
+            const auto with = [&](auto f) { return with_few_int8(a->shape.group, dim, query_of, a->scale * LOG2E, f); };
+            if (visit_few(tiles, with, [&](auto &few, const Cached *k, const Cached *v, int n, ptrdiff_t ahead) {
+                    few.visit(k, v, a->k.row, n, bytes(k + ahead), bytes(v + ahead));
+                }))
+                return;
         }
 #endif
         if constexpr (Format::FEW_HEADS) {
-            const auto visit_few = [&](auto &few) {
-                for_tiles_of_keys(blocks, width, split, splits, [&](int64_t start, int n, int64_t next) {
-                    const auto [k, v] = cached_at(start);
-                    const ptrdiff_t ahead = next < 0 ? 0 : (next - start) * a->k.row;
-                    few.visit(tile_rows(k, a->k.row, n, dim, r.key_scratch), tile_rows(v, a->v.row, n, dim, r.value_scratch), n,
-                              reinterpret_cast<const char *>(k + ahead), reinterpret_cast<const char *>(v + ahead), a->k.row * sizeof(Cached));
-                });
-                few.put(r.out, r.top, r.sum, L);
-            };
-            if (alone && a->k.row == a->v.row && with_few_heads(a->shape.group, dim, [&](int g) { return query(g); }, a->scale * LOG2E, visit_few)) return;
+            const auto with = [&](auto f) { return with_few_heads(a->shape.group, dim, query_of, a->scale * LOG2E, f); };
+            if (visit_few(tiles, with, [&](auto &few, const Cached *k, const Cached *v, int n, ptrdiff_t ahead) {
+                    few.visit(tile_rows(k, a->k.row, n, dim, r.key_scratch), tile_rows(v, a->v.row, n, dim, r.value_scratch), n, bytes(k + ahead),
+                              bytes(v + ahead), a->k.row * sizeof(Cached));
+                }))
+                return;
         }
 #endif
 #if defined(__AVX2__)
         if constexpr (!Format::FEW_HEADS) {
-            const auto visit_few = [&](auto &few) {
-                for_tiles_of_keys(blocks, width, split, splits, [&](int64_t start, int n, int64_t next) {
-                    const auto [k, v] = cached_at(start);
-                    const ptrdiff_t ahead = next < 0 ? 0 : (next - start) * a->k.row;
-                    few.visit(k, v, n, k + ahead, v + ahead);
-                });
-                few.put(r.out, r.top, r.sum, L);
+            const auto with = [&](auto f) {
+                return with_few_floats<Cached, Format::EXP_DEGREE>(a->shape.group, dim, a->k.row, query_of, a->scale * LOG2E, f);
             };
-            if (alone && a->k.row == a->v.row &&
-                with_few_floats<Cached, Format::EXP_DEGREE>(a->shape.group, dim, a->k.row, [&](int g) { return query(g); }, a->scale * LOG2E, visit_few))
+            if (visit_few(tiles, with, [](auto &few, const Cached *k, const Cached *v, int n, ptrdiff_t ahead) {
+                    few.visit(k, v, n, k + ahead, v + ahead);
+                }))
                 return;
         }
 #endif
-        for_tiles_of_keys(blocks, width, split, splits, [&](int64_t start, int n, int64_t next) { visit(start, n, next); });
+        tiles([&](int64_t start, int n, int64_t next) { visit(start, n, next); });
+    }
+
+    // The only token, by a kernel for few heads to a key: tiles(f) goes through the keys; with(f) calls f(kernel) if there is
+    // one for this shape, and says whether; step(kernel, keys, values, number, elements to the next tile) is its work on a tile.
+    template <class Tiles, class With, class Step> bool visit_few(Tiles tiles, With with, Step step) {
+        // Decided by the step's tokens, not by a unit's: how many share a unit depends on the number of threads, and results must not.
+        if (a->shape.queries != 1 || a->window || a->k.row != a->v.row) return false;
+        return with([&](auto &few) {
+            tiles([&](int64_t start, int n, int64_t next) {
+                const auto [k, v] = cached_at(start);
+                step(few, k, v, n, next < 0 ? 0 : (next - start) * a->k.row);
+            });
+            few.put(r.out, r.top, r.sum, L);
+        });
     }
 
     // Calls f(first key, keys, first key of the tile after it or -1).
