@@ -145,9 +145,10 @@ def decode() -> list[dict]:
             caches[tokens] = cache.fork()
             print(f"{tokens:,} tokens streamed, {caches[tokens].peak} held", file=sys.stderr)
         seconds: dict[int, list[float]] = {tokens: [] for tokens in caches}
-        for _ in range(5):
-            for tokens, kept in caches.items():
-                copy = kept.fork()
+        lengths = list(caches)
+        for turn in range(12):  # each length is first as often as last
+            for tokens in lengths[turn % 4 :] + lengths[: turn % 4]:
+                copy = caches[tokens].fork()
                 model(input_ids=random_ids(1), past_key_values=copy)
                 began = time.perf_counter()
                 for _ in range(16):

@@ -15,6 +15,7 @@ import itertools
 import json
 import random
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     import testbed
 
-    model, tokenizer = testbed.smollm2(getattr(torch, arguments.dtype))  # for all arms alike
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else testbed.quick_dtype()
+    model, tokenizer = testbed.smollm2(dtype)  # for all arms alike
     torch.set_num_threads(arguments.threads)
-    done = {
-        (r["task"], r["tokens"], r["hosts"], r["sample"])
-        for r in read()
-        if dtype_of(r) == arguments.dtype
-    }
+    done = {(r["task"], r["tokens"], r["hosts"], r["sample"]) for r in read()}
     cells = list(
         itertools.product(
             range(arguments.first, arguments.samples),
@@ -98,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
                 break
             [sample] = testbed.ruler(task, tokens, 1, number, tokenizer)
             row = {"task": task, "tokens": tokens, "hosts": hosts, "sample": number}
-            row["dtype"] = arguments.dtype
+            row["dtype"] = str(dtype).removeprefix("torch.")
             row["arms"] = score(model, tokenizer, sample, hosts)
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -112,11 +110,6 @@ def read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines() if line]
 
 
-def dtype_of(row: dict[str, Any]) -> str:
-    """The model's dtype: rows that do not say are older, in bfloat16."""
-    return row.get("dtype", "bfloat16")
-
-
 def bootstrap(differences: list[float], draws: int = 10_000) -> float:
     """One-sided p that the mean difference is not above 0, resampling pairs."""
     generator = random.Random(0)
@@ -126,29 +119,38 @@ def bootstrap(differences: list[float], draws: int = 10_000) -> float:
 
 
 def table() -> None:
-    """Means of every cell, and paired tests of the order that the paper reports."""
-    rows = read()
-    found: dict[tuple[str, int, int, str], list[dict[str, Any]]] = {}
-    for r in rows:
-        found.setdefault((r["task"], r["tokens"], r["hosts"], dtype_of(r)), []).append(r["arms"])
-    for (task, tokens, hosts, dtype), mine in sorted(found.items()):
-        print(f"\n### {task}, {tokens} tokens, {hosts} hosts, {dtype}, {len(mine)} samples\n")
+    """Means of every cell, and paired tests of the order that the paper reports.
+
+    Samples in bfloat16 and in float32 stand together: all arms of a sample are in one dtype. An
+    arm that some samples lack has no mean, and is compared on those that have it.
+    """
+    found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for r in read():
+        found.setdefault((r["task"], r["tokens"], r["hosts"]), []).append(r)
+    for (task, tokens, hosts), rows in sorted(found.items()):
+        mine = [r["arms"] for r in rows]
+        # Rows that do not say are older, in bfloat16.
+        dtypes = Counter(r.get("dtype", "bfloat16") for r in rows)
+        said = ", ".join(f"{count} {name}" for name, count in dtypes.items())
+        print(f"\n#### {task}, {tokens} tokens, {hosts} hosts, {len(mine)} samples ({said})\n")
         print("| arm | NLL | KL to full | slowest host's rows |\n|---|---|---|---|")
-        arms = [arm for arm in ARMS if all(arm in m for m in mine)]
-        for arm in arms:
-            mean = {k: sum(m[arm][k] for m in mine) / len(mine) for k in ("nll", "kl", "rows")}
-            print(f"| {arm} | {mean['nll']:.3f} | {mean['kl']:.4f} | {mean['rows']:.0f} |")
+        for arm in ARMS:
+            if all(arm in m for m in mine):
+                mean = {k: sum(m[arm][k] for m in mine) / len(mine) for k in ("nll", "kl", "rows")}
+                print(f"| {arm} | {mean['nll']:.3f} | {mean['kl']:.4f} | {mean['rows']:.0f} |")
         for better, worse in (
             ("full", "apb"), ("apb", "apb, random"), ("apb, key difference", "apb, random"),
             ("apb, random", "anchor only"), ("apb", "anchor only"), ("apb", "star"),
             ("anchor only", "no anchor"),
         ):  # fmt: skip
-            if better not in arms:
+            both = [m for m in mine if better in m and worse in m]
+            if not both:
                 continue
-            print(f"- {better} < {worse}:", "; ".join(
+            where = f" ({len(both)} samples)" if len(both) < len(mine) else ""
+            print(f"- {better} < {worse}{where}:", "; ".join(
                 f"{kind} {sum(gaps) / len(gaps):+.4f}, p = {bootstrap(gaps):.4f}"
                 for kind in (("nll", "kl") if better != "full" else ("nll",))
-                for gaps in [[m[worse][kind] - m[better][kind] for m in mine]]
+                for gaps in [[m[worse][kind] - m[better][kind] for m in both]]
             ))  # fmt: skip
 
 
@@ -163,7 +165,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the first sample of this run")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop after so long")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"],
+                        help="of the model; default: what this processor is fast in")  # fmt: skip
     arguments = parser.parse_args()
     if arguments.command == "run":
         run(arguments)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import testbed
@@ -33,3 +34,22 @@ def test_every_arm_is_scored_against_full() -> None:
     for arm in ("apb", "star", "anchor only"):
         assert found["nothing"]["rows"] < found[arm]["rows"]
     assert found["nothing"]["kl"] > 1e-4
+
+
+def test_table_compares_an_arm_on_the_samples_that_have_it(tmp_path, capsys) -> None:
+    quality = load("quality")
+    quality.RESULTS = tmp_path / "quality.jsonl"
+    rows = []
+    for number in range(8):
+        arms = {a: {"nll": 1 + i, "kl": i, "rows": 9} for i, a in enumerate(quality.ARMS)}
+        if number < 3:
+            del arms["apb, key difference"]
+        row = {"task": "t", "tokens": 1, "hosts": 2, "sample": number, "arms": arms}
+        rows.append(json.dumps(row | ({"dtype": "float32"} if number > 5 else {})))
+    quality.RESULTS.write_text("\n".join(rows) + "\n", "utf-8")
+    quality.table()
+    shown = capsys.readouterr().out
+    assert "8 samples (6 bfloat16, 2 float32)" in shown
+    assert "| apb, random | 6.000 |" in shown and "| apb, key difference |" not in shown
+    assert "- apb, key difference < apb, random (5 samples): nll +1.0000, p = 0.0001" in shown
+    assert "- apb < apb, random: nll +3.0000" in shown

@@ -4,12 +4,14 @@
 KeyDiff's together. `known`: the question is the last
 of what is compressed, so scorers that look at the last queries see it; for Locret-Q it also stands
 first. `options`: entries coded, merged or shared differently, question hidden; by KeyDiff, which
-retrieves best here and so has most to lose. In a group all keep the same number of entries, read
+retrieves best here and so has most to lose. `facts`: heads that learned from questions too, the
+question hidden. In a group all keep the same number of entries, read
 in the same chunks, with the same protected first and newest entries; only `snapkv-once` reads its
 prompt in one piece, with the memory of all of it.
 
-Heads: `heads` learned from prose; `locret-q` half from prose, half from RULER tasks other than
-those measured here, with the question first.
+Heads: `heads` learned from prose; `heads-facts` half from prose, half from prose with facts that
+are asked for at its end (facts.py; none of RULER's form); `locret-q` half from prose, half from
+RULER tasks other than those measured here, with the question first.
 """
 
 from __future__ import annotations
@@ -24,7 +26,17 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from shared import HERE, RUNS, Cells, parts, question_texts, smollm2_heads, spoken, texts
+from shared import (
+    HERE,
+    RUNS,
+    Cells,
+    fact_texts,
+    parts,
+    question_texts,
+    smollm2_heads,
+    spoken,
+    texts,
+)
 from torch import Tensor
 
 from locret import HeadsAndKeyDiff
@@ -49,10 +61,12 @@ GROUPS = {
     "hidden": (("both", "heads", "keydiff", "random", "streaming", "expected", "snapkv",
                 "keynorm"), BUDGETS),
     "known": (("locret-q", "keydiff", "snapkv", "snapkv-once", "heads"), BUDGETS),
+    "facts": (("heads-facts", "both-facts", "keydiff", "heads", "both"), BUDGETS),
     "options": (("keydiff", "heads", "both", *OPTIONS), BUDGETS[1:]),
 }  # fmt: skip
 MAKE: dict[str, Callable] = {
     "heads": texts,
+    "heads-facts": fact_texts,
     "locret-q": question_texts,
 }
 FULL = "hidden full 1"
@@ -206,6 +220,8 @@ def main(
     cells = Cells(out, settings, minutes)
     eyes: dict[str, Any] = {name: found for name, (found, _) in trained.items()}
     eyes["both"] = HeadsAndKeyDiff(eyes["heads"])
+    if "heads-facts" in eyes:
+        eyes["both-facts"] = HeadsAndKeyDiff(eyes["heads-facts"])
     cells.fill(plan(list(task or TASKS), list(group or GROUPS), samples, eyes, kind))
     found = {group: gathered(cells.cells, group) for group in GROUPS}
     cells.save(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from facts import strewn
 from torch import Tensor
 
 from locret import RetainingHeads
@@ -83,6 +84,18 @@ def question_texts(tokenizer: Any, count: int, length: int = 1024) -> list[Examp
         pairs = zip(plain, mixed[: len(plain)], strict=True)
         found += [e for pair in pairs for e in pair] + mixed[len(plain) : wanted - len(plain)]
     return found
+
+
+def fact_texts(tokenizer: Any, count: int, length: int = 1024) -> list[Example]:
+    """Half windows of `texts`, half prose with five facts that are asked for at its end.
+
+    The last eighth is of unseen documents, with facts of other seeds.
+    """
+    windows = texts(tokenizer, count, length)
+    return [
+        strewn(tokenizer.decode(e.ids), 5, tokenizer, length, seed) if seed % 2 else e
+        for seed, e in enumerate(windows)
+    ]
 
 
 def smollm2_heads(

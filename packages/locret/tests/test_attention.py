@@ -23,3 +23,14 @@ def test_two_parts_are_one_softmax(heads: int, kv_heads: int, new: int, held: in
     assert (out - attend(q, k, v, seen, 0.3)).abs().max() < 1e-5
     half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, 0.3)
     assert half.dtype == torch.bfloat16 and (half - out).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_bias_is_of_the_older_entries(new: int) -> None:
+    """An entry that stands for two is as two of it; −∞ is as if it were not there."""
+    torch.manual_seed(new)
+    q, k, v = torch.randn(1, 6, new, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
+    bias = torch.zeros(1, 2, 9 - new)
+    bias[..., 0], bias[..., 2] = -torch.inf, torch.tensor(2.0).log()
+    twice = [torch.cat([x[:, :, 1:3], x[:, :, 2:]], 2) for x in (k, v)]
+    assert (attend(q, k, v, None, 0.3, bias) - attend(q, *twice, None, 0.3)).abs().max() < 1e-6

@@ -2,7 +2,8 @@
 
 One call over both would need a mask, which is read for every head and stops the kernel from
 skipping what lies in the future. In two parts nothing is masked, a group's query heads share
-their keys in the first, and the parts are merged by their log-sum-exp.
+their keys in the first, and the parts are merged by their log-sum-exp. A single token needs the
+first part only.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def attend(
         `[B, H, T, D]`.
     """
     new, held = q.shape[2], k.shape[2]
-    if mask is None and 1 < new < held and q.device.type == "cpu":
+    if mask is None and new < held and q.device.type == "cpu":
         if v.shape[-1] == q.shape[-1] and not q.requires_grad:
-            return _in_two(q, k, v, scaling, bias)
+            return _in_two(q, k, v, scaling, bias) if new > 1 else _one(q, k, v, scaling, bias)
     causal = mask is None and new > 1
     if causal and (new < held or bias is not None):
         at = torch.arange(held, device=q.device)
@@ -50,17 +51,30 @@ def attend(
     )
 
 
+def _one(q: Tensor, k: Tensor, v: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
+    """One token sees everything; a call with a head's keys for each query head would copy them."""
+    added = None if bias is None else torch.nn.functional.pad(bias, (0, 1))
+    return _folded(q, k, v, scaling, added)[0]
+
+
+def _folded(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Unmasked attention and its log-sum-exp `[B, H, T]`; a group's query heads, one after another,
+    are more queries of the same keys."""
+    b, h, new, d = q.shape
+    added = None if bias is None else bias.to(q.dtype)[:, :, None]
+    folded = q.reshape(b, k.shape[1], -1, d)
+    out, lse = _flash(folded, k, v, attn_mask=added, scale=scaling)
+    return out.reshape(b, h, new, d), lse.reshape(b, h, new)
+
+
 def _in_two(q: Tensor, k: Tensor, v: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
     b, h, new, d = q.shape
     j, old = k.shape[1], k.shape[2] - new
-    group = h // j
-    # Query heads of a group, one after another, are more queries of the same keys.
-    folded = q.reshape(b, j, group * new, d)
-    added = None if bias is None else bias.to(q.dtype)[:, :, None]
-    past, past_lse = _flash(folded, k[:, :, :old], v[:, :, :old], attn_mask=added, scale=scaling)
-    past, past_lse = past.reshape(b, h, new, d), past_lse.reshape(b, h, new)
+    past, past_lse = _folded(q, k[:, :, :old], v[:, :, :old], scaling, bias)
     own_k, own_v = (
-        x[:, :, None, old:].expand(b, j, group, new, d).reshape(b, h, new, d) for x in (k, v)
+        x[:, :, None, old:].expand(b, j, h // j, new, d).reshape(b, h, new, d) for x in (k, v)
     )
     own, own_lse = _flash(q, own_k, own_v, 0.0, True, scale=scaling)
     # softmax over both parts: each weighs as much as its sum of exponentials.

@@ -89,6 +89,7 @@ class _Engine:
         modules = attention_modules(model, IMPLEMENTATION)
         self.module, self.first = modules[0], modules[0].layer_idx
         self.rotary = rotary_of(model)
+        self.turned: tuple[Any, Rotation] | None = None  # the last layer's, for those that follow
 
     def rotation(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin) `[N, T, D]` of int positions `[N, T]`."""
@@ -108,10 +109,17 @@ class _Engine:
             self.make_room(cache, [layer], new)
         if cache.config.positions == "original" or not layer.evicted:
             return rotation
+        count = layer.counts()
         places = torch.arange(new, device=hidden.device)[None]
         if cache.valid is not None:
             places = (cache.valid.cumsum(1) - 1).clamp(min=0)
-        return self.rotation(layer.counts() + places, hidden)
+        if cache.valid is not None or not isinstance(count, int):
+            return self.rotation(count + places, hidden)
+        # A step's layers mostly hold as many; 30 rotations would take a twentieth of a token.
+        key = count, new, hidden.dtype, hidden.device
+        if self.turned is None or self.turned[0] != key:
+            self.turned = key, self.rotation(count + places, hidden)
+        return self.turned[1]
 
     def make_room(self, cache: LocretCache, layers: list[LayerStore], new: int) -> None:
         """Evict from layers that share a budget where the new tokens would not fit."""
