@@ -1,8 +1,10 @@
 """Perplexity of WikiText-2 with every kind of weights, ours and llama.cpp's on the same tokens.
 
 Windows of equal length, each after BOS, spread evenly over the test set; every token but the first
-counts. Calibration text is WikiText-2's validation set. Differences to float32 are paired: the same
-tokens, so a few windows say much; ± is their standard error over windows.
+counts. "First token too": its keys and values come from rounded weights, as all others'; in other
+rows they are stored exactly (`--sinks`). Calibration text is WikiText-2's validation set.
+Differences to float32 are paired: the same tokens, so a few windows say much; ± is their standard
+error over windows.
 
     python experiments/quality.py --data FOLDER [--llama PYTHON]
 
@@ -34,17 +36,21 @@ from cpmcu.quantise import quantise
 HERE = Path(__file__).parent
 RESULTS = HERE / "results/quality.json"
 QUANTISED = {
-    "rtn": {"method": "rtn"},
     "rtn-search": {"method": "rtn", "search": True},
     "gptq": {"method": "gptq"},
     "p-gptq": {"method": "p-gptq"},
     "p-gptq-drop": {"method": "p-gptq", "prefix": "drop"},
+    "rtn-search-plain": {"method": "rtn", "search": True, "sinks": False},
+    "gptq-plain": {"method": "gptq", "sinks": False},
+    "p-gptq-plain": {"method": "p-gptq", "sinks": False},
+    "p-gptq-drop-plain": {"method": "p-gptq", "prefix": "drop", "sinks": False},
     "p-gptq-act": {"method": "p-gptq", "act_order": True},
     "p-gptq-64": {"method": "p-gptq", "group": 64},
-    "int8-rtn": {"method": "rtn", "bits": 8, "search": False},
+    "int8-rtn": {"method": "rtn", "bits": 8, "search": False, "sinks": False},
     "int8-rtn-search": {"method": "rtn", "bits": 8, "search": True},
-    "int8-gptq": {"method": "gptq", "bits": 8},
+    "int8-rtn-search-plain": {"method": "rtn", "bits": 8, "search": True, "sinks": False},
     "int8-p-gptq": {"method": "p-gptq", "bits": 8},
+    "int8-p-gptq-plain": {"method": "p-gptq", "bits": 8, "sinks": False},
 }
 # name: (label, how). "engine" takes options of the engine, "made" a folder of QUANTISED, "exact"
 # the same without rounded activations, "file" the published GGUF, "llama" a type of llama.cpp's own
@@ -52,17 +58,26 @@ QUANTISED = {
 ROWS: dict[str, tuple[str, str, Any]] = {
     "float32": ("float32", "engine", {"dtype": "float32"}),
     "bfloat16": ("bfloat16", "engine", {"dtype": "bfloat16"}),
-    "int8": ("int8, rounded to nearest", "engine", {"quant": "int8"}),
+    "int8": ("int8, rounded to nearest, first token too", "engine", {"quant": "int8"}),
     "int8-exact": ("the same, activations exact", "exact", "int8-rtn"),
+    "int8-search-plain": ("int8, searched scales, first token too", "made",
+                          "int8-rtn-search-plain"),
     "int8-search": ("int8, searched scales", "made", "int8-rtn-search"),
     "int8-search-exact": ("the same, activations exact", "exact", "int8-rtn-search"),
-    "int8-gptq": ("int8, GPTQ", "made", "int8-gptq"),
+    "int8-p-gptq-plain": ("int8, P-GPTQ, first token too", "made", "int8-p-gptq-plain"),
     "int8-p-gptq": ("int8, P-GPTQ", "made", "int8-p-gptq"),
     "file": ("its own file, Q4_1, codes kept", "file", None),
-    "int4": ("int4, rounded to nearest", "engine", {"quant": "int4"}),
+    "int4": ("int4, rounded to nearest, first token too", "engine", {"quant": "int4"}),
+    "int4-search-plain": ("int4, rounded, searched scales, first token too", "made",
+                          "rtn-search-plain"),
     "int4-search": ("int4, rounded, searched scales", "made", "rtn-search"),
+    "gptq-plain": ("int4, GPTQ, first token too", "made", "gptq-plain"),
     "gptq": ("int4, GPTQ", "made", "gptq"),
+    "p-gptq-plain": ("int4, P-GPTQ, first positions levelled, first token too", "made",
+                     "p-gptq-plain"),
     "p-gptq": ("int4, P-GPTQ, first positions levelled", "made", "p-gptq"),
+    "p-gptq-drop-plain": ("int4, P-GPTQ, first positions dropped, first token too", "made",
+                          "p-gptq-drop-plain"),
     "p-gptq-drop": ("int4, P-GPTQ, first positions dropped", "made", "p-gptq-drop"),
     "p-gptq-act": ("int4, P-GPTQ, act-order", "made", "p-gptq-act"),
     "p-gptq-64": ("int4, P-GPTQ, groups of 64", "made", "p-gptq-64"),
@@ -71,9 +86,12 @@ ROWS: dict[str, tuple[str, str, Any]] = {
     "llama-q8": ("llama.cpp, Q8_0", "llama", "Q8_0"),
     "llama-file": ("llama.cpp, its own file, Q4_1", "llama-file", None),
     "llama-q4": ("llama.cpp, Q4_0", "llama", "Q4_0"),
+    "llama-p-gptq-plain": ("llama.cpp, our P-GPTQ, levelled, first token too, as Q4_0", "ours",
+                           "p-gptq-plain"),
     "llama-p-gptq": ("llama.cpp, our P-GPTQ, levelled, as Q4_0", "ours", "p-gptq"),
-    "llama-drop": ("llama.cpp, our P-GPTQ, dropped, as Q4_0", "ours", "p-gptq-drop"),
-}
+    "llama-drop-plain": ("llama.cpp, our P-GPTQ, dropped, first token too, as Q4_0", "ours",
+                         "p-gptq-drop-plain"),
+}  # fmt: skip
 # Reads windows of ids, prints the sum of -log p of each but for its first token.
 PEER = """
 import json, sys

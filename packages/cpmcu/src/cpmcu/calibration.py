@@ -94,6 +94,8 @@ class LayerRun(reference.Decoder):
         windows: calibration text; None for methods that need none.
         folder: for the files, [samples, length, hidden] float32.
         read: tensor by name.
+        first: what each layer reads of the windows' first tokens where those will be stored
+            (`sinks`), float32 [layers + 1, samples, hidden], NaN where not; None: nowhere.
     """
 
     def __init__(
@@ -103,7 +105,9 @@ class LayerRun(reference.Decoder):
         windows: Windows | None,
         folder: Path,
         read: Callable[[str], Tensor],
+        first: Tensor | None = None,
     ) -> None:
+        self._first = first
         self.spec, self.index, self.folder, self.windows = spec, index, folder, windows
         if windows is None:
             return
@@ -184,6 +188,9 @@ class LayerRun(reference.Decoder):
                 rows = slice(at, at + self._rows)
                 added = F.linear(self._gated(layer, self._mid[rows]), layer.down)
                 out[rows] = torch.add(self._mid[rows], added, alpha=self.spec.residual_scale)
+            if self._first is not None:
+                exact = self._first[self.index + 1]
+                out[:, 0] = torch.where(exact.isnan(), out[:, 0], exact)
 
     def forget(self) -> None:
         """Remove this layer's input: the next one's is there."""

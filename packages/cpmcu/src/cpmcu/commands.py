@@ -134,9 +134,15 @@ def quantize(
         str,
         typer.Option(
             help="How: level (scaled down to the size of the others) or drop (left out, as in the "
-            "paper: for models whose first keys and values are stored)."
+            "paper; what it stores is only the first)."
         ),
     ] = "level",
+    sinks: Annotated[
+        bool,
+        typer.Option(
+            help="Store the exact keys and values of the tokens that sequences begin with."
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Write MODEL with weights of 4 or 8 bits.
@@ -151,7 +157,7 @@ def quantize(
         report = quantise(
             model, out, calib=calib, progress=progress, method=method, bits=bits, group=group,
             samples=samples, length=length, seed=seed, damp=damp, act_order=act_order,
-            search=search, skip=skip, prefix=prefix,
+            search=search, skip=skip, prefix=prefix, sinks=sinks,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     if as_json:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from pathlib import Path
 
-from cpmcu import layout, model_files
+from cpmcu import layout, model_files, sinks
 from cpmcu._files import atomic_path
 from cpmcu._torch import torch
 from cpmcu.codes import Codes, nearest
@@ -15,6 +17,7 @@ from cpmcu.tensors import Tensors
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BITS = {"Q8_0": 8, "Q4_0": 4}
 KINDS = ("auto", *_DTYPES, *_BITS)  # of folders
+log = logging.getLogger("cpmcu")
 
 
 def convert(
@@ -39,6 +42,9 @@ def convert(
     source, out = Source(model), Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists: remove it or take another name")
+    if source.has_sinks and (out.suffix == ".gguf" or kind in _DTYPES):
+        log.warning("%s: the keys and values stored for first tokens have no place there and are "
+                    "left out", out)  # fmt: skip
     if out.suffix == ".gguf":
         return export_gguf(source, out, kind, progress)
     if kind not in KINDS:
@@ -79,11 +85,12 @@ def _folder(source: Source, out: Path, kind: str, progress: Progress | None) -> 
             layout.write_shard(out / shard, held)
     layout.write_index(out, shards)
     quantization = None
-    if found:
-        bits, group = min(found)
-        quantization = layout.quantization_config(bits, group, {"name": f"convert {kind}"})
-    elif any(label.startswith("int") for label in made.kinds):
-        quantization = layout.quantization_config(8, 32, {"name": f"convert {kind}"})
+    if found or any(label.startswith("int") for label in made.kinds):
+        bits, group = min(found, default=(8, 32))
+        algorithm = {"name": f"convert {kind}"}
+        quantization = layout.quantization_config(bits, group, algorithm, sinks=source.has_sinks)
+        if source.has_sinks:
+            shutil.copyfile(source.path / sinks.FILE, out / sinks.FILE)
     model_files.write(source, out, quantization=quantization)
     made.bytes = sum((out / shard).stat().st_size for shard in shards)
     return made

@@ -41,6 +41,13 @@ def to_floats(array: np.ndarray, dtype: str, through: str = "float32") -> np.nda
     return to_floats(to_bfloat16(values), "bfloat16") if through == "bfloat16" else values
 
 
+def of_floats(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 numbers rounded to a dtype of `FLOATS`; other arrays as they are."""
+    if values.dtype != np.float32:
+        return values
+    return to_bfloat16(values) if dtype == "bfloat16" else values.astype(STORED[dtype])
+
+
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
     """Bits of the nearest bfloat16 of float32 numbers, ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)

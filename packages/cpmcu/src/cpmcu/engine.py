@@ -12,6 +12,8 @@ from cpmcu import backends, dtypes, plan, tokenizer, weight_sizes
 from cpmcu import threads as thread_count
 from cpmcu.loader import Progress, Source
 from cpmcu.session import Loaded, Session
+from cpmcu.sinks import FromSinks, Sinks
+from cpmcu.sinks import load as load_sinks
 from cpmcu.sparse import SparseAttention
 from cpmcu.spec import ModelSpec
 from cpmcu.tensors import load
@@ -40,6 +42,7 @@ class Engine(Session):
         backend: str = "auto",
         max_context: int | None = None,
         threads: int | None = None,
+        sinks: Sinks | None = None,
     ) -> None:
         spec = plan.resolve_spec(spec, sparse, kv)
         dtype = dtypes.name_of(weights.embedding.dtype)
@@ -54,6 +57,8 @@ class Engine(Session):
             backend, quant, spec, weights, dtype, threads or thread_count.default(), max_context,
             loading,
         )  # fmt: skip
+        if sinks is not None:
+            made = FromSinks(made, sinks)
         super().__init__(
             Loaded(spec=spec, tokenizer=words, dtype=dtype, quant=quant, backend=backend,
                    decoder=made, max_context=max_context, threads=threads)
@@ -122,7 +127,8 @@ class Engine(Session):
         weights = load(source, compute, codes=keep, native=chosen == "cpu", progress=progress)
         words = partial(tokenizer.load, source)  # while the weights are laid out: it takes as long
         engine = cls(spec, weights, words, quant=quant, sparse=spec.sparse or "off", kv=kv,
-                     backend=chosen, max_context=max_context, threads=threads)  # fmt: skip
+                     backend=chosen, max_context=max_context, threads=threads,
+                     sinks=load_sinks(source))  # fmt: skip
         log.info("%s: backend %s, %s weights, %s, %s attention, %d tokens of context", path,
                  engine.backend, engine.quant, compute,
                  "sparse" if spec.sparse else "dense", max_context)  # fmt: skip

@@ -74,13 +74,16 @@ def write_index(folder: Path, shards: list[str]) -> None:
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def quantization_config(bits: int, group: int, algorithm: Mapping[str, Any]) -> dict[str, Any]:
+def quantization_config(
+    bits: int, group: int, algorithm: Mapping[str, Any], *, sinks: bool = False
+) -> dict[str, Any]:
     """What stands in `config.json` under "quantization_config"."""
     return {
         "quant_method": METHOD,
         "version": VERSION,
         "bits": bits,
         "group_size": group,
+        "sinks": sinks,
         "algorithm": dict(algorithm),
     }
 

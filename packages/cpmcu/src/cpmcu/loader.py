@@ -24,7 +24,7 @@ class Source:
     """A model on disk: its `spec`, its `kind` ("safetensors", "quantised", "gguf", "ternary").
 
     `quant` is the kind of weights that most of it is stored in, where all kernels have it: "int4",
-    "int8" or None; `native_quant`, where the CPU's do.
+    "int8" or None; `native_quant`, where the CPU's do; `has_sinks`: `sinks` lie beside them.
 
     Raises FileNotFoundError where nothing, or no weights, lie at `path`, and ValueError where the
     metadata is wrong. Reads headers only.
@@ -33,6 +33,7 @@ class Source:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.gguf: GGUFFile | None = None
+        self.has_sinks = False
         if self.path.suffix == ".gguf" or self.path.is_file():
             self.gguf = GGUFFile(self.path)
             self.kind, self.spec, self.files = "gguf", from_gguf(self.gguf), [self.path]
@@ -42,7 +43,10 @@ class Source:
         if not self.path.is_dir():
             raise FileNotFoundError(f"{path}: no such model; expected a folder or a .gguf file")
         self.spec = from_folder(self.path)
-        self.kind, self.quant = _folder_kind(read_json(self.path / "config.json"))
+        config = read_json(self.path / "config.json")
+        self.kind, self.quant = _folder_kind(config)
+        if self.kind == "quantised":
+            self.has_sinks = config.child("quantization_config").boolean("sinks", False)
         self.native_quant = self.quant
         self.files = _shards(self.path)
 

@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpmcu import layout, model_files
+from cpmcu import layout, model_files, sinks
 from cpmcu._files import remove_abandoned, sha256, write_json
 from cpmcu._torch import torch
 from cpmcu.calibration import LayerRun, Windows
 from cpmcu.codes import Codes, check, nearest
+from cpmcu.first_token import FirstToken
 from cpmcu.gptq import PREFIX, Hessian, gptq, objective
 from cpmcu.loader import Progress, Source
 from cpmcu.spec import ModelSpec
@@ -46,8 +47,8 @@ class Options:
     `samples` windows of `length` tokens are drawn from the calibration text with `seed`; `damp`,
     `act_order` and `search` as in `gptq.gptq` and `codes.nearest` (None: all but "rtn" in 4 bits);
     p-gptq holds `skip` first positions back: scaled down to the size of the others (`prefix`
-    "level"), or left out of the Hessian ("drop", the paper's). Embedding and head are rounded to 8
-    bits.
+    "level"), or left out of the Hessian ("drop", the paper's). With `sinks` the keys and values of
+    first tokens are stored exactly (`sinks.py`). Embedding and head are rounded to 8 bits.
     """
 
     method: str = "p-gptq"
@@ -61,6 +62,7 @@ class Options:
     search: bool | None = None
     skip: int = PREFIX
     prefix: str = "level"
+    sinks: bool = True
 
     def __post_init__(self) -> None:
         """ValueError names the option and its range."""
@@ -143,12 +145,13 @@ def quantise(
     total = len(PARTS) * spec.layers + 1
     with Tensors(source) as tensors:
         _outer(tensors, out / shards[0], wanted)
+        first = None if done else _first_tokens(source, tensors, out, wanted, windows)
         for i in range(spec.layers):
             shard = out / shards[i + 1]
             if done or shard.is_file():
                 report.errors.append(_errors_in(shard))
                 continue
-            run = LayerRun(spec, i, windows, out / "work", tensors.read)
+            run = LayerRun(spec, i, windows, out / "work", tensors.read, first)
 
             def told(part: int, i: int = i) -> None:
                 if progress is not None:
@@ -158,10 +161,13 @@ def quantise(
     if not done:
         layout.write_index(out, shards)
         algorithm = {"name": wanted.method, **asdict(wanted), "calibration_tokens": report.tokens}
-        config = layout.quantization_config(wanted.bits, wanted.group, algorithm)
+        config = layout.quantization_config(
+            wanted.bits, wanted.group, algorithm, sinks=(out / sinks.FILE).is_file()
+        )
         shutil.rmtree(out / "work", ignore_errors=True)
         model_files.write(source, out, quantization=config)  # config.json last: now it is a model
-    report.bytes = sum((out / shard).stat().st_size for shard in shards)
+    files = [out / shard for shard in shards] + list(out.glob(sinks.FILE))
+    report.bytes = sum(file.stat().st_size for file in files)
     if progress is not None:
         progress(total, total)
     return report
@@ -201,6 +207,24 @@ def _outer(tensors: Tensors, path: Path, options: Options) -> None:
         stored = name if name.startswith("lm_head") else f"model.{name}"
         found[stored] = nearest(tensors.read(name), 8, options.group)
     layout.write_shard(path, found)
+
+
+def _first_tokens(
+    source: Source, tensors: Tensors, out: Path, options: Options, windows: Windows | None
+) -> Tensor | None:
+    """Write the sinks; what the layers should read of the windows' first tokens, exactly: float32
+    [layers + 1, samples, hidden], NaN for tokens that are not stored. None: nothing is stored.
+    """
+    ids = sinks.first_tokens(source) if options.sinks else []
+    if not ids:
+        return None
+    made, hidden = FirstToken(tensors).run(ids)
+    made.save(out / sinks.FILE)
+    if windows is None:
+        return None
+    places = [ids.index(token) if token in ids else -1 for token in windows.ids[:, 0].tolist()]
+    none = hidden.new_full((len(hidden), 1, hidden.shape[2]), torch.nan)
+    return torch.cat([hidden, none], 1)[:, places]
 
 
 def _errors_in(shard: Path) -> dict[str, float]:
