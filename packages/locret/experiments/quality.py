@@ -61,7 +61,7 @@ GROUPS = {
     "hidden": (("both", "heads", "keydiff", "random", "streaming", "expected", "snapkv",
                 "keynorm"), BUDGETS),
     "known": (("locret-q", "keydiff", "snapkv", "snapkv-once", "heads"), BUDGETS),
-    "facts": (("heads-facts", "both-facts", "keydiff", "heads", "both"), BUDGETS),
+    "facts": (("heads-facts", "both-facts", "keydiff"), BUDGETS),
     "options": (("keydiff", "heads", "both", *OPTIONS), BUDGETS[1:]),
 }  # fmt: skip
 MAKE: dict[str, Callable] = {
@@ -219,9 +219,9 @@ def main(
     settings = {"tokens": TOKENS, "chunk": CHUNK, "dtype": dtype, "overlap": overlap}
     cells = Cells(out, settings, minutes)
     eyes: dict[str, Any] = {name: found for name, (found, _) in trained.items()}
-    eyes["both"] = HeadsAndKeyDiff(eyes["heads"])
-    if "heads-facts" in eyes:
-        eyes["both-facts"] = HeadsAndKeyDiff(eyes["heads-facts"])
+    for name, both in (("heads", "both"), ("heads-facts", "both-facts")):
+        if name in eyes:
+            eyes[both] = HeadsAndKeyDiff(eyes[name])
     cells.fill(plan(list(task or TASKS), list(group or GROUPS), samples, eyes, kind))
     found = {group: gathered(cells.cells, group) for group in GROUPS}
     cells.save(
