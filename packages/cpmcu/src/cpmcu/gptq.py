@@ -8,9 +8,9 @@ H = XᵀX.
 P-GPTQ leaves the first positions of every sequence out of H. The first tokens serve attention as a
 sink, and their activations are tens of times larger than all others: they would decide H alone, and
 in use they are a few of many tokens. Leaving them out takes for granted that their keys and values
-come from elsewhere (the paper stores them, `sinks` the first): if not, nothing guards the few columns that only they
-use, and the sink breaks. So here they may also stay, scaled down to the size of the others
-("level"); "drop" is the paper's.
+come from elsewhere (the paper stores them, `sinks` the first): if not, nothing guards the few
+columns that only they use, and the sink breaks. So here they may also stay, scaled down to the size
+of the others ("level"); "drop" is the paper's.
 
 Letters: O rows, I columns, g columns of a group.
 """
