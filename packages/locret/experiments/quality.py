@@ -10,7 +10,7 @@ in the same chunks, with the same protected first and newest entries; only `snap
 prompt in one piece, with the memory of all of it.
 
 Heads: `heads` learned from prose; `heads-facts` half from prose, half from prose with facts that
-are asked for at its end (facts.py; none of RULER's form); `locret-q` half from prose, half from
+are asked for at its end (locret.facts; none of RULER's form); `locret-q` half from prose, half from
 RULER tasks other than those measured here, with the question first.
 """
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from facts import strewn
 from torch import Tensor
 
 from locret import RetainingHeads
-from locret.data import QUERY, asked, examples
+from locret.data import QUERY, asked, examples, with_facts
 from locret.training import Example, TrainConfig, train
 
 HERE = Path(__file__).parent
@@ -87,15 +86,11 @@ def question_texts(tokenizer: Any, count: int, length: int = 1024) -> list[Examp
 
 
 def fact_texts(tokenizer: Any, count: int, length: int = 1024) -> list[Example]:
-    """Half windows of `texts`, half prose with five facts that are asked for at its end.
+    """`texts`, every second one with facts that are asked for at its end.
 
     The last eighth is of unseen documents, with facts of other seeds.
     """
-    windows = texts(tokenizer, count, length)
-    return [
-        strewn(tokenizer.decode(e.ids), 5, tokenizer, length, seed) if seed % 2 else e
-        for seed, e in enumerate(windows)
-    ]
+    return with_facts(texts(tokenizer, count, length), 0.5, tokenizer)
 
 
 def smollm2_heads(

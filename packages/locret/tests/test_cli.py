@@ -54,7 +54,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-TRAIN = ("--texts", 10, "--length", 64, "--answer", 8, "--hidden", 8, "--epochs", 2)
+# Facts would be unknown words alone here.
+TRAIN = ("--texts", 10, "--length", 64, "--answer", 8, "--hidden", 8, "--epochs", 2, "--facts", 0)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,7 @@ def test_errors_are_one_line_and_exit_code_2(model: Path, text: Path, tmp_path: 
         (("bench", model, "--tokens", 0), "must be ≥ 1"),
         (("explain", model, "--budget", 4, "--sinks", 9), "budget 4 does not hold"),
         (("train", model, "--data", text, "-o", tmp_path / "h", "--epochs", 0), "epochs ≥ 1"),
+        (("train", model, "--data", text, "-o", tmp_path / "h", "--facts", 2), "from 0 to 1"),
     ):
         result = CliRunner().invoke(app, [str(a) for a in arguments])
         assert result.exit_code and message in str(result.exception), (arguments, result.exception)

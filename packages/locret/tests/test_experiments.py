@@ -24,7 +24,6 @@ def quality():
         sys.path[:] = before
         sys.modules.pop("shared", None)
         sys.modules.pop("quality", None)
-        sys.modules.pop("facts", None)
         if taken is not None:
             sys.modules["shared"] = taken
 
@@ -56,30 +55,6 @@ def test_texts_of_tasks_are_none_that_are_measured(quality) -> None:
         assert text.ids[: text.query].tolist() == end[: text.query].tolist()
     asked = [tokenizer.decode(e.ids[len(e.ids) - e.answer :]) for e in found]
     assert sum(a.startswith(("\nWhat", "\nQuestion")) for a in asked) == 8
-
-
-def test_every_fact_stands_in_the_prose_and_is_asked_for_once(quality) -> None:
-    import random
-
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(testbed.smollm2_path())
-    shared, facts = sys.modules["shared"], sys.modules["facts"]
-    found = shared.fact_texts(tokenizer, 16, 512)
-    assert len(found) == 16 and all(len(e.ids) <= 512 for e in found)
-    for seed, text in enumerate(found):
-        cut = len(text.ids) - text.answer
-        context, end = tokenizer.decode(text.ids[:cut]), tokenizer.decode(text.ids[cut:])
-        pairs = facts.facts(5, random.Random(seed)) if seed % 2 else []
-        assert end.count("Question:") == len(pairs)
-        for fact, line in pairs:
-            assert context.count(fact) == 1 and end.count(line) == 1
-            answer = line.split("Answer: ")[1].removeprefix("In the ").removeprefix("In ")
-            assert answer.removeprefix("At ").removeprefix("To ").rstrip(".").split()[0] in fact
-            assert "magic" not in fact  # RULER's word
-    for seed in range(50):  # a question has one answer
-        questions = [line.split("Answer:")[0] for _, line in facts.facts(5, random.Random(seed))]
-        assert len(set(questions)) == 5
 
 
 @pytest.mark.parametrize("group", ["hidden", "known", "facts", "options"])

@@ -71,6 +71,15 @@ def train(
             "need a question; of plain text, the answer's first tokens are it.",
         ),
     ] = False,
+    facts: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the plain windows in which invented facts are strewn and asked for, so "
+            "that heads learn to keep what a question may name (English). [default: 0.5; with "
+            "--query-aware 0]",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Dtype = "bfloat16",
     keep: Annotated[
         bool, typer.Option(help="Keep the work folder: some 0.5 MB a text and layer.")
@@ -92,18 +101,22 @@ def train(
     load_config(model)
     found = [text for path in data for text in read_texts(path)]
     decoder, tokenizer = load_model(model, dtype)
+    facts = (0.0 if query_aware else 0.5) if facts is None else facts
     windows = examples(
-        found, tokenizer, length=length, answer=answer, count=texts, query_aware=query_aware
-    )
+        found, tokenizer, length=length, answer=answer, count=texts, query_aware=query_aware,
+        facts=facts,
+    )  # fmt: skip
     work = work or output / "work"
     with progress_bar() as progress:
-        heads, facts = train(decoder, windows, config, work, progress)
-    heads.save(output, **facts)
+        heads, learnt = train(decoder, windows, config, work, progress)
+    heads.save(output, **learnt)
     if not keep:
         shutil.rmtree(work)
-    rows = ", ".join(f"{name} {value:.3f}" for name, value in facts["overlap"].items())
-    print(f"{output}: {facts['tokens']:,} tokens; overlap with the best tenth, unseen text: {rows}")
-    print(json.dumps({"output": str(output), **facts}))
+    rows = ", ".join(f"{name} {value:.3f}" for name, value in learnt["overlap"].items())
+    print(
+        f"{output}: {learnt['tokens']:,} tokens; overlap with the best tenth, unseen text: {rows}"
+    )
+    print(json.dumps({"output": str(output), **learnt}))
 
 
 @app.command("eval")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from locret.facts import strewn
 from locret.training import Example
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def read_texts(path: str | Path) -> Iterator[Text]:
 def examples(
     texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, *,
     length: int = 1024, answer: int = 128, count: int | None = None, query_aware: bool = False,
+    facts: float = 0.0,
 ) -> list[Example]:  # fmt: skip
     """Windows of text whose last `answer` tokens are the answer; prompts and answers as they are.
 
@@ -64,17 +66,24 @@ def examples(
         count: take this many, one of each document in turn, so that a few come from many.
         query_aware: for Locret-Q, put the question before the prompt too; a window's question is
             the first quarter of its answer, `QUERY` tokens at most.
+        facts: share of the windows that get facts and questions, see `with_facts`; pairs stay.
 
     Raises:
-        ValueError: no text is long enough, sizes that leave no prompt, or a prompt without its
-            question where the heads are to know it.
+        ValueError: no text is long enough, sizes that leave no prompt, a share outside 0 to 1, or
+            a prompt without its question where the heads are to know it.
     """
+    if not 0 <= facts <= 1:
+        raise ValueError(f"facts must be a share from 0 to 1, got {facts}")
+    if facts and query_aware:
+        raise ValueError("facts are for heads that do not know the question: give 0")
     if not 0 < answer < length:
         raise ValueError(f"answer must lie between 1 and length − 1 = {length - 1}, got {answer}")
     queues: list[list[Example]] = []
+    pairs: set[int] = set()  # which of them are no plain text
     for text in texts:
         if isinstance(text, tuple):
             queues.append([_pair(*text, tokenizer, length, query_aware)])
+            pairs.add(id(queues[-1][0]))
             continue
         whole = [part for part in _ids(text, tokenizer).split(length) if len(part) == length]
         if query_aware:
@@ -87,10 +96,26 @@ def examples(
         found += [queue[turn] for queue in queues if turn < len(queue)]
     if not found:
         raise ValueError(f"no text has {length} tokens: lower --length or give longer texts")
-    if count is None or count >= len(found):
+    if count is not None and count < len(found):
+        step = len(found) / count
+        found = [found[int(i * step)] for i in range(count)]
+    if not facts:
         return found
-    step = len(found) / count
-    return [found[int(i * step)] for i in range(count)]
+    plain = iter(with_facts([e for e in found if id(e) not in pairs], facts, tokenizer))
+    return [e if id(e) in pairs else next(plain) for e in found]
+
+
+def with_facts(windows: list[Example], share: float, tokenizer: Any) -> list[Example]:
+    """Windows of plain text, of which a share get facts strewn in, and their questions at the end:
+    see `locret.facts`. Windows too short for a fact stay.
+    """
+    found = []
+    for i, window in enumerate(windows):
+        changed = None
+        if int((i + 1) * share) > int(i * share):
+            changed = strewn(tokenizer.decode(window.ids), tokenizer, len(window.ids), seed=i)
+        found.append(changed or window)
+    return found
 
 
 def asked(ids: torch.Tensor, answer: int, first: int) -> Example:

@@ -1,8 +1,8 @@
-"""Questions about facts strewn over prose: a small stand-in for LongAlpaca, from which the paper's
-heads learn and which no package carries.
+"""Questions about facts strewn over prose: what plain text lacks for training heads.
 
-Facts are of ten everyday forms, none of them RULER's "special magic number", so what heads learn
-here is that somebody may ask for what a text says once, and not how a benchmark says it.
+The paper's heads learn from LongAlpaca: long texts with questions about them. Prose alone teaches
+which keys its own continuation looks at, and not that somebody may ask for what a text says once.
+These facts are of ten everyday forms, in English, each with a question.
 """
 
 from __future__ import annotations
@@ -71,27 +71,34 @@ def facts(count: int, generator: random.Random) -> list[tuple[str, str]]:
     return found
 
 
-def strewn(text: str, number: int, tokenizer: Any, length: int, seed: int) -> Example:
-    """`number` facts between the sentences of a text, and all their questions at its end.
+def strewn(text: str, tokenizer: Any, length: int, seed: int, number: int = 5) -> Example | None:
+    """Facts between the sentences of a text, and all their questions at its end.
 
     Args:
         text: prose of at least `length` tokens.
-        number: of facts.
         tokenizer: the model's.
-        length: tokens of the whole.
+        length: tokens of the whole, at most.
         seed: of the facts and their places.
+        number: of facts; fewer where they and their questions would take more than half.
+
+    Returns:
+        the window, whose answer is the questions with their answers; None where not even one fits.
     """
-    generator = random.Random(seed)
     ids = lambda t: tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
-    pairs = facts(number, generator)
-    asked = [line for _, line in pairs]
-    generator.shuffle(asked)
-    end = ids("\n" + "".join(asked))
-    room = length - len(end) - sum(len(ids(" " + fact)) for fact, _ in pairs)
-    prose = tokenizer.decode(ids(text)[:room])
-    sentences = re.split(r"(?<=[.!?])\s+", prose)
-    for fact, _ in pairs:
-        sentences.insert(generator.randrange(len(sentences)), fact)
-    # Joining may merge or split a token at a seam: what is over leaves at the front.
-    start = ids(" ".join(sentences))[-(length - len(end)) :]
-    return Example(torch.tensor(start + end), len(end))
+    for count in range(number, 0, -1):
+        generator = random.Random(seed)
+        pairs = facts(count, generator)
+        asked = [line for _, line in pairs]
+        generator.shuffle(asked)
+        end = ids("\n" + "".join(asked))
+        room = length - len(end) - sum(len(ids(" " + fact)) for fact, _ in pairs)
+        if 2 * room < length:
+            continue
+        prose = tokenizer.decode(ids(text)[:room])
+        sentences = re.split(r"(?<=[.!?])\s+", prose)
+        for fact, _ in pairs:
+            sentences.insert(generator.randrange(len(sentences)), fact)
+        # Joining may merge or split a token at a seam: what is over leaves at the front.
+        start = ids(" ".join(sentences))[-(length - len(end)) :]
+        return Example(torch.tensor(start + end), len(end))
+    return None
