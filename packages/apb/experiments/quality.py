@@ -5,7 +5,11 @@ anchor), on SmolLM2-135M and RULER-style needles. Every (task, tokens, hosts, sa
 line of the results file: a killed run goes on, and `--minutes` ends one in time.
 
     python packages/apb/experiments/quality.py run --samples 64 --minutes 8
+    python packages/apb/experiments/quality.py fill --heads runs/locret/heads-facts
     python packages/apb/experiments/quality.py table
+
+`fill` adds the arms that finished samples lack. Heads, the paper's own compressor, come from
+locret's experiment (`quality.py --group facts`); without them their arm is left out.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import time
 from collections import Counter
@@ -33,9 +38,22 @@ ARMS: dict[str, dict[str, Any]] = {
     "no anchor": {"strategy": "apb", "compressor": "key-norm", "anchor_length": 0},
     "nothing": {"strategy": "apb", "compressor": "none", "anchor_length": 0},
 }
+HEADS = "apb, heads"
 
 
-def score(model: Any, tokenizer: Any, sample: Any, hosts: int) -> dict[str, dict[str, float]]:
+def all_arms(heads: Path | None) -> dict[str, dict[str, Any]]:
+    """`ARMS`, and that of trained heads where there are some."""
+    if heads is None:
+        return ARMS
+    import apb
+
+    return ARMS | {HEADS: {"strategy": "apb", "compressor": apb.LocretHeads(heads), "query": True}}
+
+
+def score(
+    model: Any, tokenizer: Any, sample: Any, hosts: int,
+    arms: dict[str, dict[str, Any]] = ARMS,
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """Every arm's NLL of the answer and KL from full, nats per token, and its slowest host."""
     import torch
 
@@ -50,7 +68,7 @@ def score(model: Any, tokenizer: Any, sample: Any, hosts: int) -> dict[str, dict
     )
     tail = torch.cat([query, answer], 1)
     found, full = {}, None
-    for arm, options in ARMS.items():
+    for arm, options in arms.items():
         options = dict(options)
         in_anchor = query if options.pop("query", False) else None
         context = apb.prefill(
@@ -97,10 +115,43 @@ def run(arguments: argparse.Namespace) -> None:
             [sample] = testbed.ruler(task, tokens, 1, number, tokenizer)
             row = {"task": task, "tokens": tokens, "hosts": hosts, "sample": number}
             row["dtype"] = str(dtype).removeprefix("torch.")
-            row["arms"] = score(model, tokenizer, sample, hosts)
+            row["arms"] = score(model, tokenizer, sample, hosts, all_arms(arguments.heads))
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             progress.advance(bar)
+
+
+def fill(arguments: argparse.Namespace) -> None:
+    """Add the arms that finished samples lack, against exact attention computed again."""
+    import torch
+    from rich.progress import track
+
+    import testbed
+
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else testbed.quick_dtype()
+    model, tokenizer = testbed.smollm2(dtype)
+    torch.set_num_threads(arguments.threads)
+    arms, rows = all_arms(arguments.heads), read()
+    end = time.monotonic() + 60 * arguments.minutes
+    chosen = [
+        row
+        for row in rows
+        if row["task"] in arguments.tasks
+        and row["tokens"] in arguments.tokens
+        and row["hosts"] in arguments.hosts
+        and arguments.first <= row["sample"] < arguments.samples
+        and not arms.keys() <= row["arms"].keys()
+    ]
+    for row in track(chosen, "samples"):
+        if time.monotonic() > end:
+            break
+        [sample] = testbed.ruler(row["task"], row["tokens"], 1, row["sample"], tokenizer)
+        missing = {arm: o for arm, o in arms.items() if arm == "full" or arm not in row["arms"]}
+        found = score(model, tokenizer, sample, row["hosts"], missing)
+        row["arms"] |= {arm: value for arm, value in found.items() if arm != "full"}
+        scratch = RESULTS.with_suffix(".partial")
+        scratch.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+        os.replace(scratch, RESULTS)
 
 
 def read() -> list[dict[str, Any]]:
@@ -134,12 +185,13 @@ def table() -> None:
         said = ", ".join(f"{count} {name}" for name, count in dtypes.items())
         print(f"\n#### {task}, {tokens} tokens, {hosts} hosts, {len(mine)} samples ({said})\n")
         print("| arm | NLL | KL to full | slowest host's rows |\n|---|---|---|---|")
-        for arm in ARMS:
+        for arm in (*ARMS, HEADS):
             if all(arm in m for m in mine):
                 mean = {k: sum(m[arm][k] for m in mine) / len(mine) for k in ("nll", "kl", "rows")}
                 print(f"| {arm} | {mean['nll']:.3f} | {mean['kl']:.4f} | {mean['rows']:.0f} |")
         for better, worse in (
             ("full", "apb"), ("apb", "apb, random"), ("apb, key difference", "apb, random"),
+            ("full", HEADS), (HEADS, "apb"), (HEADS, "apb, random"), (HEADS, "star"),
             ("apb, random", "anchor only"), ("apb", "anchor only"), ("apb", "star"),
             ("anchor only", "no anchor"),
         ):  # fmt: skip
@@ -157,7 +209,8 @@ def table() -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("command", choices=["run", "fill", "table"])
+    parser.add_argument("--heads", type=Path, help="folder of locret's heads for SmolLM2")
     parser.add_argument("--tasks", nargs="+", default=["niah_single_2", "niah_multikey_1"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
     parser.add_argument("--hosts", nargs="+", type=int, default=[4])
@@ -168,10 +221,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"],
                         help="of the model; default: what this processor is fast in")  # fmt: skip
     arguments = parser.parse_args()
-    if arguments.command == "run":
-        run(arguments)
-    else:
+    if arguments.command == "table":
         table()
+    else:
+        {"run": run, "fill": fill}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 from pathlib import Path
@@ -34,6 +35,28 @@ def test_every_arm_is_scored_against_full() -> None:
     for arm in ("apb", "star", "anchor only"):
         assert found["nothing"]["rows"] < found[arm]["rows"]
     assert found["nothing"]["kl"] > 1e-4
+
+
+def test_fill_adds_what_finished_samples_lack(tmp_path) -> None:
+    quality = load("quality")
+    quality.RESULTS = tmp_path / "quality.jsonl"
+    model, tokenizer = testbed.smollm2()
+    [sample] = testbed.ruler("niah_single_1", 300, 1, 0, tokenizer)
+    few = {arm: quality.ARMS[arm] for arm in ("full", "apb")}
+    row = {"task": "niah_single_1", "tokens": 300, "hosts": 2, "sample": 0}
+    row["arms"] = quality.score(model, tokenizer, sample, 2, few)
+    other = row | {"tokens": 301}
+    quality.RESULTS.write_text(json.dumps(row) + "\n" + json.dumps(other) + "\n", "utf-8")
+    quality.fill(
+        argparse.Namespace(
+            heads=None, dtype="float32", threads=1, minutes=9, tasks=["niah_single_1"],
+            tokens=[300], hosts=[2], first=0, samples=4,
+        )
+    )  # fmt: skip
+    filled, untouched = quality.read()
+    assert untouched == other and filled["arms"].keys() == quality.ARMS.keys()
+    assert all(filled["arms"][arm] == row["arms"][arm] for arm in few)
+    assert filled["arms"]["nothing"]["kl"] > 1e-4
 
 
 def test_table_compares_an_arm_on_the_samples_that_have_it(tmp_path, capsys) -> None:
