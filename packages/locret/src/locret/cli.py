@@ -74,10 +74,8 @@ def train(
     facts: Annotated[
         float | None,
         typer.Option(
-            help="Share of the plain windows in which invented facts are strewn and asked for, so "
-            "that heads learn to keep what a question may name (English). [default: 0.5; with "
-            "--query-aware 0]",
-            show_default=False,
+            help="Share of plain windows that get invented facts (English) and questions for them.",
+            show_default="0.5; 0 with --query-aware",
         ),
     ] = None,
     dtype: Dtype = "bfloat16",
