@@ -92,6 +92,8 @@ ROWS: dict[str, tuple[str, str, Any]] = {
     "llama-drop-plain": ("llama.cpp, our P-GPTQ, dropped, first token too, as Q4_0", "ours",
                          "p-gptq-drop-plain"),
 }  # fmt: skip
+# Rows that are also compared with each other.
+PAIRS = (("p-gptq", "gptq"), ("p-gptq-plain", "gptq-plain"), ("gptq", "gptq-plain"))
 # Reads windows of ids, prints the sum of -log p of each but for its first token.
 PEER = """
 import json, sys
@@ -220,10 +222,18 @@ class Lab:
         return peer_losses(self.llama, path, windows, self.work)
 
 
+def paired(results: dict[str, Any], ours: str, theirs: str) -> str:
+    """Perplexity of one row against another's, and the standard error over windows."""
+    rows, per = results["rows"], results["length"] - 1
+    parts = [(a - b) / per for a, b in zip(rows[ours], rows[theirs], strict=True)]
+    mean = sum(parts) / len(parts)
+    spread = sum((p - mean) ** 2 for p in parts) / max(1, len(parts) - 1) / len(parts)
+    return f"{math.expm1(mean):+.2%} ± {100 * spread**0.5:.2f}"
+
+
 def table(results: dict[str, Any]) -> str:
     """The table of RESULTS.md."""
     tokens = results["windows"] * (results["length"] - 1)
-    base = results["rows"].get("float32")
     lines = ["| weights | perplexity | against float32 |", "|---|---|---|"]
     for name, (label, _, _) in ROWS.items():
         if name not in results["rows"]:
@@ -231,12 +241,14 @@ def table(results: dict[str, Any]) -> str:
         sums = results["rows"][name]
         value = math.exp(sum(sums) / tokens)
         versus = ""
-        if base is not None and name != "float32":
-            parts = [(a - b) / (results["length"] - 1) for a, b in zip(sums, base, strict=True)]
-            mean = sum(parts) / len(parts)
-            spread = sum((p - mean) ** 2 for p in parts) / max(1, len(parts) - 1) / len(parts)
-            versus = f"{math.expm1(mean):+.2%} ± {100 * spread**0.5:.2f}"
+        if "float32" in results["rows"] and name != "float32":
+            versus = paired(results, name, "float32")
         lines.append(f"| {label} | {value:.3f} | {versus} |")
+    lines.append("")
+    for ours, theirs in PAIRS:
+        if {ours, theirs} <= results["rows"].keys():
+            found = paired(results, ours, theirs)
+            lines.append(f"- {ROWS[ours][0]}, against {ROWS[theirs][0]}: {found}")
     return "\n".join(lines)
 
 

@@ -134,7 +134,7 @@ def quantize(
         str,
         typer.Option(
             help="How: level (scaled down to the size of the others) or drop (left out, as in the "
-            "paper; what it stores is only the first)."
+            "paper)."
         ),
     ] = "level",
     sinks: Annotated[

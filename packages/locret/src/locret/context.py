@@ -115,7 +115,7 @@ class _Engine:
             places = (cache.valid.cumsum(1) - 1).clamp(min=0)
         if cache.valid is not None or not isinstance(count, int):
             return self.rotation(count + places, hidden)
-        # A step's layers mostly hold as many; 30 rotations would take a twentieth of a token.
+        # A step's layers mostly hold as many, and then one rotation is for all.
         key = count, new, hidden.dtype, hidden.device
         if self.turned is None or self.turned[0] != key:
             self.turned = key, self.rotation(count + places, hidden)
