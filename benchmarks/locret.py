@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from harness import RESULTS, environment
 
 import testbed
 from locret import LocretCache, LocretConfig, RetainingHeads, locret, prefill
-from locret.data import examples
+from locret.data import examples, varied
+from locret.evaluate import overlaps
 from locret.labels import collect
 from locret.training import TrainConfig, train
 
@@ -177,7 +179,8 @@ def windows(tokenizer: Any, count: int) -> list:
 def training() -> list[dict]:
     """Heads from nothing: seconds, and overlap with the best tenth on unseen documents."""
     model, tokenizer = testbed.smollm2(testbed.quick_dtype())
-    texts, clock = windows(tokenizer, WINDOWS), RUNS / "seconds.json"
+    prose, clock = windows(tokenizer, WINDOWS), RUNS / "seconds.json"
+    texts = varied(prose, 0.5, 0.5, tokenizer)  # as `locret train` does
     spent = json.loads(clock.read_text()) if clock.exists() else 0.0
     began = time.perf_counter()
 
@@ -185,7 +188,7 @@ def training() -> list[dict]:
         RUNS.mkdir(parents=True, exist_ok=True)
         clock.write_text(json.dumps(spent + time.perf_counter() - began))
 
-    _, facts = train(model, texts, TRAINING, RUNS / "work", progress)
+    heads, facts = train(model, texts, TRAINING, RUNS / "work", progress)
     seconds = spent + time.perf_counter() - began
     shutil.rmtree(RUNS)
     rows = [line(f"training on {facts['tokens']:,} tokens (bar: 600 s)", "s", seconds, 600.0,
@@ -194,6 +197,10 @@ def training() -> list[dict]:
         value = facts["overlap"][kind]
         rows.append(line(f"overlap with the best tenth, unseen documents, {kind}", "share", value,
                          0.1, "chance", value / 0.1, bar / 0.1))  # fmt: skip
+    for kind in ("attention", "scores"):
+        value = overlaps(model, {"": heads}, prose[facts["texts"] :], labels=kind)[""]
+        rows.append(line(f"overlap with the best tenth by {kind}, unseen prose alone, mlp", "share",
+                         value, 0.1, "chance", value / 0.1, None))  # fmt: skip
     return rows
 
 
@@ -223,7 +230,7 @@ def official() -> list[dict]:
         work = RUNS / "official"
         shutil.rmtree(work, ignore_errors=True)
         began = time.perf_counter()
-        train(quick, few, TRAINING, work)
+        train(quick, few, replace(TRAINING, labels="scores"), work)
         ours = (time.perf_counter() - began) / len(few)
         shutil.rmtree(work)
         text = few[at]

@@ -1,17 +1,20 @@
 """What compression costs on RULER tasks: NLL of the right answer, by scorer, option and budget.
 
 `hidden`: the context is compressed before the question is read; `both` is the heads' score and
-KeyDiff's together. `known`: the question is the last
-of what is compressed, so scorers that look at the last queries see it; for Locret-Q it also stands
-first. `options`: entries coded, merged or shared differently, question hidden; by KeyDiff, which
-retrieves best here and so has most to lose. `facts`: heads that learned from questions too, the
-question hidden. In a group all keep the same number of entries, read
-in the same chunks, with the same protected first and newest entries; only `snapkv-once` reads its
-prompt in one piece, with the memory of all of it.
+KeyDiff's together. `known`: the question is the last of what is compressed, so scorers that look at
+the last queries see it; for Locret-Q it also stands first. `options`: entries coded, merged or
+shared differently, question hidden; by KeyDiff, which retrieves best of those without training and
+so has most to lose. `learned`: what heads learn from, the question hidden; `original` keeps keys at
+their places in the text, `by-head` shares a layer's budget among its heads. In a group all keep the
+same number of entries, read in the same chunks, with the same protected first and newest entries;
+only `snapkv-once` reads its prompt in one piece, with the memory of all of it.
 
-Heads: `heads` learned from prose; `heads-facts` half from prose, half from prose with facts that
-are asked for at its end (locret.facts; none of RULER's form); `locret-q` half from prose, half from
-RULER tasks other than those measured here, with the question first.
+Heads: `heads` learned from prose. `heads-facts`: half from prose, half from prose with facts that
+are asked for at its end (locret.facts; none of RULER's form). `heads-attention`: the same texts,
+and labels that are attention weights, where the paper's are scores before the softmax.
+`heads-repeats`: also texts that are said twice, in place of prose; the default of `locret train`.
+`locret-q`: half from prose, half from RULER tasks other than those measured here, with the question
+first.
 """
 
 from __future__ import annotations
@@ -28,14 +31,16 @@ import torch
 import typer
 from shared import (
     HERE,
+    PAPER,
     RUNS,
+    TRAIN,
     Cells,
-    fact_texts,
     parts,
     question_texts,
     smollm2_heads,
     spoken,
     texts,
+    varied_texts,
 )
 from torch import Tensor
 
@@ -43,31 +48,44 @@ from locret import HeadsAndKeyDiff
 from locret._cli import run
 from locret.evaluate import answer_nll, sizes
 from locret.generation import query_first
+from locret.training import TrainConfig
 
 TASKS = ("niah_multikey_1", "vt", "niah_single_2", "niah_multivalue")
 BUDGETS = (0.25, 0.125)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "keydiff-int8": {"storage": "int8"},
-    "keydiff-int4": {"storage": "int4"},
-    "keydiff-merge": {"merge": 0.8},
-    "keydiff-by-layer": {"budgets": "layer"},
-    "keydiff-by-head": {"budgets": "head"},
-    "both-by-head": {"budgets": "head"},
-    "heads-by-layer": {"budgets": "layer"},
-    "heads-by-head": {"budgets": "head"},
+# Rows that are another row's scorer with other settings.
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "keydiff-int8": ("keydiff", {"storage": "int8"}),
+    "keydiff-int4": ("keydiff", {"storage": "int4"}),
+    "keydiff-merge": ("keydiff", {"merge": 0.8}),
+    "keydiff-by-layer": ("keydiff", {"budgets": "layer"}),
+    "keydiff-by-head": ("keydiff", {"budgets": "head"}),
+    "heads-by-layer": ("heads", {"budgets": "layer"}),
+    "heads-by-head": ("heads", {"budgets": "head"}),
 }
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "repeats-original": ("heads-repeats", {"positions": "original"}),
+    "repeats-original-by-head": (
+        "heads-repeats", {"positions": "original", "budgets": "head"}
+    ),
+    "keydiff-original-by-head": ("keydiff", {"positions": "original", "budgets": "head"}),
+}  # fmt: skip
+SETTINGS = OPTIONS | MORE
 # (names, budgets) of each group; the first name is what the others are compared with.
 GROUPS = {
     "hidden": (("both", "heads", "keydiff", "random", "streaming", "expected", "snapkv",
                 "keynorm"), BUDGETS),
     "known": (("locret-q", "keydiff", "snapkv", "snapkv-once", "heads"), BUDGETS),
-    "facts": (("heads-facts", "both-facts", "keydiff"), BUDGETS),
-    "options": (("keydiff", "heads", "both", *OPTIONS), BUDGETS[1:]),
+    "learned": (("heads-repeats", "heads-attention", "heads-facts", *MORE), BUDGETS),
+    "options": (("keydiff", "heads", *OPTIONS), BUDGETS[1:]),
 }  # fmt: skip
-MAKE: dict[str, Callable] = {
-    "heads": texts,
-    "heads-facts": fact_texts,
-    "locret-q": question_texts,
+# How heads are made: their texts, and how they learn from them.
+FACTS = partial(varied_texts, repeats=0.0)
+MAKE: dict[str, tuple[Callable, TrainConfig]] = {
+    "heads": (texts, PAPER),
+    "heads-facts": (FACTS, PAPER),
+    "heads-attention": (FACTS, TRAIN),
+    "heads-repeats": (varied_texts, TRAIN),
+    "locret-q": (question_texts, PAPER),
 }
 FULL = "hidden full 1"
 TOKENS, CHUNK, BLOCK = 1024, 256, 4
@@ -101,9 +119,8 @@ def plan(
         found = []
         for context, question, gold in loaded[task, start]:
             prompt, rest, config = asked(mode, name, float(budget), context, question, tokenizer)
-            base = name.split("-")[0] if name in OPTIONS else name
-            base = {"full": None, "snapkv-once": "snapkv"}.get(base, base)
-            eye = heads.get(base, base)
+            base = SETTINGS.get(name, (name,))[0]
+            eye = heads.get(base, {"full": None, "snapkv-once": "snapkv"}.get(base, base))
             found.append(round(answer_nll(model, eye, prompt, rest, gold, config), 4))
         return found
 
@@ -119,7 +136,8 @@ def asked(
 ) -> tuple[Tensor, Tensor, Any]:
     """What is compressed, what is read after it, and how."""
     config = sizes(round(budget * len(context)), CHUNK)
-    config = replace(config, **OPTIONS.get(name, {}))
+    if name in SETTINGS:
+        config = replace(config, **SETTINGS[name][1])
     if mode == "hidden":
         return context, question, config
     prompt = torch.cat([context, question])
@@ -209,19 +227,19 @@ def main(
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"--dtype must be bfloat16 or float32, got {dtype!r}")
     kind = getattr(torch, dtype)
-    wanted = {name for chosen in group or GROUPS for name in GROUPS[chosen][0]}
+    names = {name for chosen in group or GROUPS for name in GROUPS[chosen][0]}
+    wanted = {SETTINGS.get(name, (name,))[0] for name in names}
     trained = {
-        name: smollm2_heads(windows, heads / name, make=make, dtype=kind)
-        for name, make in MAKE.items()
+        name: smollm2_heads(windows, heads / name, config, make, kind)
+        for name, (make, config) in MAKE.items()
         if name in wanted
     }
     overlap = {name: facts["overlap"] for name, (_, facts) in trained.items()}
     settings = {"tokens": TOKENS, "chunk": CHUNK, "dtype": dtype, "overlap": overlap}
     cells = Cells(out, settings, minutes)
     eyes: dict[str, Any] = {name: found for name, (found, _) in trained.items()}
-    for name, both in (("heads", "both"), ("heads-facts", "both-facts")):
-        if name in eyes:
-            eyes[both] = HeadsAndKeyDiff(eyes[name])
+    if "heads" in eyes:
+        eyes["both"] = HeadsAndKeyDiff(eyes["heads"])
     cells.fill(plan(list(task or TASKS), list(group or GROUPS), samples, eyes, kind))
     found = {group: gathered(cells.cells, group) for group in GROUPS}
     cells.save(

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from locret import RetainingHeads
-from locret.data import QUERY, asked, examples, with_facts
+from locret.data import QUERY, asked, examples, varied
 from locret.training import Example, TrainConfig, train
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/locret")
 CORPORA = ("wikipedia", "essays", "reference", "news")
 TRAIN = TrainConfig(hidden=256, epochs=8)
+PAPER = replace(TRAIN, labels="scores")
 # What Locret-Q is trained on beside prose; the tasks that are measured are none of them.
 TASKS = ("niah_single_1", "niah_single_3", "niah_multikey_2", "niah_multiquery")
 
@@ -85,12 +86,14 @@ def question_texts(tokenizer: Any, count: int, length: int = 1024) -> list[Examp
     return found
 
 
-def fact_texts(tokenizer: Any, count: int, length: int = 1024) -> list[Example]:
-    """`texts`, every second one with facts that are asked for at its end.
+def varied_texts(
+    tokenizer: Any, count: int, length: int = 1024, repeats: float = 0.5
+) -> list[Example]:
+    """`texts`, every second one with facts that are asked for at its end, `repeats` of them twice.
 
     The last eighth is of unseen documents, with facts of other seeds.
     """
-    return with_facts(texts(tokenizer, count, length), 0.5, tokenizer)
+    return varied(texts(tokenizer, count, length), 0.5, repeats, tokenizer)
 
 
 def smollm2_heads(

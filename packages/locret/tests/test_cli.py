@@ -158,6 +158,7 @@ def test_errors_are_one_line_and_exit_code_2(model: Path, text: Path, tmp_path: 
         (("explain", model, "--budget", 4, "--sinks", 9), "budget 4 does not hold"),
         (("train", model, "--data", text, "-o", tmp_path / "h", "--epochs", 0), "epochs ≥ 1"),
         (("train", model, "--data", text, "-o", tmp_path / "h", "--facts", 2), "from 0 to 1"),
+        (("train", model, "--data", text, "-o", tmp_path / "h", "--labels", "x"), "one of scores"),
     ):
         result = CliRunner().invoke(app, [str(a) for a in arguments])
         assert result.exit_code and message in str(result.exception), (arguments, result.exception)

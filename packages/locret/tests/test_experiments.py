@@ -57,7 +57,7 @@ def test_texts_of_tasks_are_none_that_are_measured(quality) -> None:
     assert sum(a.startswith(("\nWhat", "\nQuestion")) for a in asked) == 8
 
 
-@pytest.mark.parametrize("group", ["hidden", "known", "facts", "options"])
+@pytest.mark.parametrize("group", ["hidden", "known", "learned", "options"])
 def test_only_blocks_that_every_arm_finished_count(quality, group: str) -> None:
     names = quality.arms(group)
     cells = {f"vt | {name} | 0": [1.0, 2.0] for name in names}

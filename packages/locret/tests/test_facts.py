@@ -1,14 +1,15 @@
-"""Facts strewn over prose: where they stand, how they are asked for, which windows get them."""
+"""Plain windows made to look at more: facts that are asked for, and texts that are said twice."""
 
 from __future__ import annotations
 
 import random
 
 import pytest
+import torch
 
 testbed = pytest.importorskip("testbed")
 
-from locret.data import examples  # noqa: E402
+from locret.data import REPEAT, examples, repeated  # noqa: E402
 from locret.facts import FORMS, facts, strewn  # noqa: E402
 
 
@@ -66,9 +67,39 @@ def test_windows_too_short_stay(tokenizer, prose) -> None:
     assert all(len(e.ids) == 16 and e.answer == 4 for e in found)
 
 
+def test_a_repeated_window_is_its_first_half_twice(tokenizer, prose) -> None:
+    (plain,) = examples(prose, tokenizer, length=256, answer=32, count=1)
+    window = repeated(plain, tokenizer)
+    half = window.answer
+    assert window.query == 0 and 256 - 1 <= len(window.ids) <= 256
+    assert torch.equal(window.ids[:half], plain.ids[:half])
+    assert torch.equal(window.ids[-half:], plain.ids[:half])
+    assert tokenizer.decode(window.ids[half:-half]) == REPEAT
+    (short,) = examples(prose, tokenizer, length=16, answer=4, count=1)
+    assert repeated(short, tokenizer) is None  # the request would be most of it
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.5, 0.25), (0.0, 1.0), (0.3, 0.7), (0.1, 0.2)])
+def test_shares_of_both_kinds(tokenizer, prose, shares: tuple[float, float]) -> None:
+    plain = examples(prose, tokenizer, length=256, answer=32, count=20)
+    found = examples(
+        prose, tokenizer, length=256, answer=32, count=20, facts=shares[0], repeats=shares[1]
+    )
+    texts = [tokenizer.decode(e.ids) for e in found]
+    asked = [t.count("\nQuestion:") > 0 for t in texts]
+    twice = [REPEAT in t for t in texts]
+    assert sum(asked) == round(20 * shares[0])
+    # The last may still wait for its turn where both were due at once.
+    assert 20 * shares[1] - 1 <= sum(twice) <= 20 * shares[1]
+    assert not any(a and t for a, t in zip(asked, twice, strict=True))
+    for a, b, changed in zip(plain, found, map(max, asked, twice), strict=True):
+        assert changed or torch.equal(a.ids, b.ids)
+
+
 def test_what_does_not_fit_is_refused(tokenizer, prose) -> None:
-    for share in (-0.1, 1.1):
-        with pytest.raises(ValueError, match="share from 0 to 1"):
-            examples(prose, tokenizer, facts=share)
-    with pytest.raises(ValueError, match="do not know the question"):
-        examples(prose, tokenizer, facts=0.5, query_aware=True)
+    for asked, twice in ((-0.1, 0), (1.1, 0), (0, -0.1), (0.6, 0.6), (float("nan"), 0)):
+        with pytest.raises(ValueError, match="shares from 0 to 1"):
+            examples(prose, tokenizer, facts=asked, repeats=twice)
+    for share in ({"facts": 0.5}, {"repeats": 0.5}):
+        with pytest.raises(ValueError, match="do not know the question"):
+            examples(prose, tokenizer, query_aware=True, **share)

@@ -9,7 +9,13 @@ testbed = pytest.importorskip("testbed")
 transformers = pytest.importorskip("transformers")
 
 from locret.interface import exchanged  # noqa: E402
-from locret.labels import blocked_importance, collect, overlap  # noqa: E402
+from locret.labels import (  # noqa: E402
+    FLOOR,
+    blocked_attention,
+    blocked_importance,
+    collect,
+    overlap,
+)
 
 
 def brute_force(model, ids: torch.Tensor, answer: int, layer: int) -> torch.Tensor:
@@ -46,10 +52,28 @@ def test_labels_are_the_definition(arch: str) -> None:
         assert x.shape == (1, 19, model.config.hidden_size)
 
 
-def gathered(model, ids: torch.Tensor, answer: int, input: str) -> list:
+def gathered(model, ids: torch.Tensor, answer: int, input: str, **more) -> list:
     found: list = []
-    collect(model, ids, answer, lambda *parts: found.append(parts), input=input, rows=3)
+    collect(model, ids, answer, lambda *parts: found.append(parts), input=input, rows=3, **more)
     return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["llama-gqa3", "llama-mqa"])
+@pytest.mark.parametrize("query", [0, 5])
+def test_attention_labels_are_the_weights_that_transformers_shows(arch: str, query: int) -> None:
+    model = testbed.tiny(arch)
+    for parameter in model.parameters():  # weights that differ from one another
+        parameter.mul_(2)
+    ids = torch.randint(5, 250, (2, 23))
+    found = gathered(model, ids, 7, "hidden", labels="attention", query=query)
+    model.set_attn_implementation("eager")
+    weights = model(ids, output_attentions=True).attentions
+    for layer, x, labels in found:
+        kv_heads = model.config.num_key_value_heads
+        best = weights[layer].unflatten(1, (kv_heads, -1))[..., 16:, query:16].amax((2, 3))
+        assert labels.shape == best.shape and x.shape[1] == 16 - query
+        assert (labels - best.log().clamp(min=FLOOR)).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -108,6 +132,28 @@ def test_blocks_of_rows_do_not_change_the_labels() -> None:
     for rows in (1, 4, 11, 100):
         found = blocked_importance(q, k, 8**-0.5, rows)
         assert (found - importance(q, k)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3), (4, 1)])
+def test_attention_in_blocks_is_the_definition(heads: tuple[int, int]) -> None:
+    from locret import attention_importance
+
+    q, k = torch.randn(2, heads[0], 11, 8), torch.randn(2, heads[1], 18, 8)
+    expected = attention_importance(q, k)
+    for rows in (1, 4, 11, 100):
+        assert (blocked_attention(q, k, 7, 8**-0.5, rows) - expected).abs().max() < 1e-5
+    k[:, :, 0] = -1e3 * q[0, 0, 0]  # nobody looks there, by hundreds of nats
+    far = blocked_attention(q[:1, :1, :1], k[:1, :1], 17, 8**-0.5)
+    assert far.isfinite().all() and far[0, 0, 0] == FLOOR == far.min() and far.max() <= 0
+
+
+def test_an_unknown_kind_of_label_is_refused() -> None:
+    from locret.training import TrainConfig
+
+    with pytest.raises(ValueError, match="must be one of scores, attention"):
+        TrainConfig(labels="softmax")
+    with pytest.raises(ValueError, match="must be one of scores, attention"):
+        gathered(testbed.tiny("llama"), torch.ones(1, 5, dtype=torch.long), 2, "hidden", labels="")
 
 
 def test_a_text_needs_a_prompt_and_an_answer() -> None:

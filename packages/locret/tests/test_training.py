@@ -104,7 +104,7 @@ def test_heads_rank_unseen_text(tmp_path: Path) -> None:
         Example(torch.cat([torch.randint(5, 250, (63,), generator=generator), end]), 1)
         for _ in range(100)
     ]
-    config = TrainConfig(hidden=32, epochs=10, held_out=0.2, lr=3e-3)
+    config = TrainConfig(hidden=32, epochs=10, held_out=0.2, lr=3e-3, labels="scores")
     _, facts = train(model, texts, config, tmp_path)
     assert facts["overlap"]["ridge"] > 0.4  # by chance: 0.1
     assert facts["overlap"]["mlp"] > facts["overlap"]["ridge"]

@@ -21,6 +21,7 @@ _HOME = {
     "RetainingHeads": "heads",
     "SCORERS": "scorers",
     "Scorer": "scoring",
+    "attention_importance": "reference",
     "chunked_prefill": "reference",
     "evict": "reference",
     "generate": "generation",

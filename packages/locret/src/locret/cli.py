@@ -32,6 +32,7 @@ from locret._cli_options import (
     progress_bar,
     sized,
 )
+from locret._cli_train import train
 
 app = typer.Typer(
     help="Locret: trained heads decide which keys a cache of fixed size keeps (arXiv 2410.01805). "
@@ -42,79 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-
-@app.command()
-def train(
-    model: Model,
-    data: Data,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the heads.")],
-    work: Annotated[
-        Path | None,
-        typer.Option(help="Folder of labels and finished layers.", show_default="OUTPUT/work"),
-    ] = None,
-    texts: Annotated[int, typer.Option(help="Windows to learn from and measure on.")] = 256,
-    length: Length = 1024,
-    answer: Answer = 128,
-    hidden: Annotated[int, typer.Option(help="Width of a head; 0: ridge alone, minutes.")] = 256,
-    input: Annotated[str, typer.Option(help='What heads read: "hidden" or "qkv".')] = "hidden",
-    epochs: Annotated[int, typer.Option(help="Passes over the labels.")] = 4,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
-    loss: Annotated[
-        str, typer.Option(help='"top" asks for the order of the best, "paper" is Eq. 5.')
-    ] = "top",
-    seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
-    query_aware: Annotated[
-        bool,
-        typer.Option(
-            "--query-aware",
-            help="Locret-Q: texts begin with what is asked of them. Lines of JSON "
-            "need a question; of plain text, the answer's first tokens are it.",
-        ),
-    ] = False,
-    facts: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of plain windows that get invented facts (English) and questions for them.",
-            show_default="0.5; 0 with --query-aware",
-        ),
-    ] = None,
-    dtype: Dtype = "bfloat16",
-    keep: Annotated[
-        bool, typer.Option(help="Keep the work folder: some 0.5 MB a text and layer.")
-    ] = False,
-) -> None:
-    """Train a model's heads on text: labels, a ridge regression in one pass, then small MLPs.
-
-    Every window's last tokens say which earlier keys they looked at most; the heads learn to
-    foresee that from one token alone. A killed run goes on where it was: run the same command.
-    The last line on standard output is JSON: overlap with the truly best tenth on unseen windows.
-    """
-    import shutil
-
-    from locret.data import examples, read_texts
-    from locret.models import load_config, load_model
-    from locret.training import TrainConfig, train
-
-    config = TrainConfig(hidden=hidden, input=input, epochs=epochs, lr=lr, loss=loss, seed=seed)
-    load_config(model)
-    found = [text for path in data for text in read_texts(path)]
-    decoder, tokenizer = load_model(model, dtype)
-    facts = (0.0 if query_aware else 0.5) if facts is None else facts
-    windows = examples(
-        found, tokenizer, length=length, answer=answer, count=texts, query_aware=query_aware,
-        facts=facts,
-    )  # fmt: skip
-    work = work or output / "work"
-    with progress_bar() as progress:
-        heads, learnt = train(decoder, windows, config, work, progress)
-    heads.save(output, **learnt)
-    if not keep:
-        shutil.rmtree(work)
-    rows = ", ".join(f"{name} {value:.3f}" for name, value in learnt["overlap"].items())
-    print(
-        f"{output}: {learnt['tokens']:,} tokens; overlap with the best tenth, unseen text: {rows}"
-    )
-    print(json.dumps({"output": str(output), **learnt}))
+app.command()(train)
 
 
 @app.command("eval")

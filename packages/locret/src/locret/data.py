@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Text = str | tuple[str, str, str]
 
 QUERY = 32  # tokens of a plain text's continuation that stand for a question
+REPEAT = "\n\nRepeat the previous context exactly.\n\n"
 
 
 def read_texts(path: str | Path) -> Iterator[Text]:
@@ -54,7 +55,7 @@ def read_texts(path: str | Path) -> Iterator[Text]:
 def examples(
     texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, *,
     length: int = 1024, answer: int = 128, count: int | None = None, query_aware: bool = False,
-    facts: float = 0.0,
+    facts: float = 0.0, repeats: float = 0.0,
 ) -> list[Example]:  # fmt: skip
     """Windows of text whose last `answer` tokens are the answer; prompts and answers as they are.
 
@@ -66,16 +67,20 @@ def examples(
         count: take this many, one of each document in turn, so that a few come from many.
         query_aware: for Locret-Q, put the question before the prompt too; a window's question is
             the first quarter of its answer, `QUERY` tokens at most.
-        facts: share of the windows that get facts and questions, see `with_facts`; pairs stay.
+        facts: share of the windows that get facts and questions, see `varied`; pairs stay.
+        repeats: share of the windows that are said twice, see `varied`; pairs stay.
 
     Raises:
-        ValueError: no text is long enough, sizes that leave no prompt, a share outside 0 to 1, or
-            a prompt without its question where the heads are to know it.
+        ValueError: no text is long enough, sizes that leave no prompt, shares that are none or
+            more than all, or a prompt without its question where the heads are to know it.
     """
-    if not 0 <= facts <= 1:
-        raise ValueError(f"facts must be a share from 0 to 1, got {facts}")
-    if facts and query_aware:
-        raise ValueError("facts are for heads that do not know the question: give 0")
+    if not (facts >= 0 and repeats >= 0 and facts + repeats <= 1):
+        raise ValueError(
+            f"facts and repeats must be shares from 0 to 1, and 1 together at most; got {facts} "
+            f"and {repeats}"
+        )
+    if (facts or repeats) and query_aware:
+        raise ValueError("facts and repeats are for heads that do not know the question: give 0")
     if not 0 < answer < length:
         raise ValueError(f"answer must lie between 1 and length − 1 = {length - 1}, got {answer}")
     queues: list[list[Example]] = []
@@ -99,23 +104,52 @@ def examples(
     if count is not None and count < len(found):
         step = len(found) / count
         found = [found[int(i * step)] for i in range(count)]
-    if not facts:
+    if not facts and not repeats:
         return found
-    plain = iter(with_facts([e for e in found if id(e) not in pairs], facts, tokenizer))
-    return [e if id(e) in pairs else next(plain) for e in found]
+    plain = varied([e for e in found if id(e) not in pairs], facts, repeats, tokenizer)
+    new = iter(plain)
+    return [e if id(e) in pairs else next(new) for e in found]
 
 
-def with_facts(windows: list[Example], share: float, tokenizer: Any) -> list[Example]:
-    """Windows of plain text, of which a share get facts strewn in, and their questions at the end:
-    see `locret.facts`. Windows too short for a fact stay.
+def varied(windows: list[Example], facts: float, repeats: float, tokenizer: Any) -> list[Example]:
+    """Windows of plain text, some of them made to look at more than prose does.
+
+    Args:
+        windows: plain, in their order; those too short for what they should become stay.
+        facts: share that gets facts strewn in, and their questions at the end: see `locret.facts`.
+        repeats: share whose first half is asked for again, word for word: see `repeated`.
+        tokenizer: the model's.
     """
     found = []
+    asked_for = again = 0
     for i, window in enumerate(windows):
         changed = None
-        if int((i + 1) * share) > int(i * share):
+        if int((i + 1) * facts + 1e-9) > asked_for:
+            asked_for += 1
             changed = strewn(tokenizer.decode(window.ids), tokenizer, len(window.ids), seed=i)
+        elif int((i + 1) * repeats + 1e-9) > again:
+            again += 1
+            changed = repeated(window, tokenizer)
         found.append(changed or window)
     return found
+
+
+def repeated(window: Example, tokenizer: Any) -> Example | None:
+    """The first half of a window twice: whoever repeats a text looks at all of it.
+
+    Heads learn from it what KVzip (arXiv 2505.23416) finds out by making the model repeat every
+    context that it compresses.
+
+    Returns:
+        a window of at most as many tokens, whose answer is the second time; None where the request
+        leaves less than half of it for the text.
+    """
+    ask = _ids(REPEAT, tokenizer)
+    room = (len(window.ids) - len(ask)) // 2
+    if 4 * room < len(window.ids):
+        return None
+    text = window.ids[:room]
+    return Example(torch.cat([text, ask, text]), room)
 
 
 def asked(ids: torch.Tensor, answer: int, first: int) -> Example:

@@ -46,11 +46,12 @@ def sizes(budget: int, chunk: int, **more: int) -> LocretConfig:
 @torch.no_grad()
 def overlaps(
     model: PreTrainedModel, eyes: Eyes, examples: Sequence[Example], *, share: float = 0.1,
-    progress: Progress = lambda text, done: None,
+    labels: str = "attention", progress: Progress = lambda text, done: None,
 ) -> dict[str, float]:  # fmt: skip
     """Mean over texts, layers and heads of the overlap with the best `share`, for each scorer.
 
-    A scorer sees the prompt in one piece and never the answer, whose queries make the labels.
+    A scorer sees the prompt in one piece and never the answer, whose queries make the labels, of
+    the kind that `locret.labels` says.
 
     Raises:
         ValueError: no texts.
@@ -60,11 +61,11 @@ def overlaps(
     found: dict[str, list[float]] = {name: [] for name in eyes}
     for at, example in enumerate(examples):
         progress(f"overlap on text {at + 1} of {len(examples)}", at / len(examples))
-        labels: list[Tensor] = []
+        truths: list[Tensor] = []
         ids = example.ids[None].to(model.device)
         collect(
-            model, ids, example.answer, lambda layer, x, y, to=labels: to.append(y),
-            query=example.query,
+            model, ids, example.answer, lambda layer, x, y, to=truths: to.append(y),
+            query=example.query, labels=labels,
         )  # fmt: skip
         prompt, asked = ids[:, : ids.shape[1] - example.answer], example.query
         room = prompt.shape[1]
@@ -72,7 +73,7 @@ def overlaps(
         for name, eye in eyes.items():
             scorer = as_scorer(eye, model)
             cache = prefill(model, scorer, prompt, whole)
-            for layer, truth in zip(cache.layers, labels, strict=True):
+            for layer, truth in zip(cache.layers, truths, strict=True):
                 scorer.rescore(layer)
                 found[name].append(overlap(layer.scores[..., asked:].float(), truth, share))
     return {name: sum(values) / len(values) for name, values in found.items()}

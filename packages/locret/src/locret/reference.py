@@ -40,6 +40,36 @@ def importance(q_answer: Tensor, k_prompt: Tensor) -> Tensor:
     return scores.amax(dim=(2, 3))
 
 
+def attention_importance(q_answer: Tensor, k: Tensor) -> Tensor:
+    """The other label: the largest attention weight that a prompt token gets, as a logarithm.
+
+        S[k]_j = max over the group's query heads and the answer's positions p of
+                 log softmax(q_p · K / √D)_k
+
+    over all keys that p sees. Not the paper's; `experiments` compares the two.
+
+    Args:
+        q_answer: `[B, H, A, D]`, queries of the answer's tokens, the text's last, RoPE applied.
+        k: `[B, J, T + A, D]`, keys of prompt and answer, RoPE applied.
+
+    Returns:
+        `[B, J, T]`, at most 0.
+
+    Raises:
+        ValueError: no answer token, or heads that do not divide.
+    """
+    groups = _groups(q_answer, k)
+    b, j, t, d = k.shape
+    answer = q_answer.shape[2]
+    if answer == 0:
+        raise ValueError("attention_importance needs at least one answer token, got none")
+    q = q_answer.reshape(b, j, groups, answer, d)
+    scores = torch.einsum("bjgad,bjtd->bjgat", q, k) / math.sqrt(d)
+    later = torch.arange(t) > torch.arange(t - answer, t)[:, None]
+    weights = scores.masked_fill(later, -torch.inf).log_softmax(-1)
+    return weights[..., : t - answer].amax(dim=(2, 3))
+
+
 def evict(scores: Tensor, positions: Tensor, config: LocretConfig, *, last: bool = False) -> Tensor:
     """Which entries stay: the `budget` best, in their old order.
 

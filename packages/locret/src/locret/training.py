@@ -19,7 +19,7 @@ from torch import Tensor
 
 from locret._files import atomic_path, write_json
 from locret.heads import RetainingHeads
-from locret.labels import collect, overlap
+from locret.labels import KINDS, collect, overlap
 from locret.retaining_head import LOSSES, SMOOTHING, RetainingHead
 from locret.ridge import RidgeSums, fill
 
@@ -36,6 +36,7 @@ class TrainConfig:
     Args:
         hidden: d_R; 0 stops at the ridge.
         input: "hidden" or "qkv".
+        labels: "attention", or the paper's "scores": see `locret.labels`.
         epochs: passes of the MLP over the labels.
         lr: AdamW's peak learning rate (paper: 5e-4, for far more steps), warmed up over a
             twentieth of the steps, then falling to zero.
@@ -48,6 +49,7 @@ class TrainConfig:
 
     hidden: int = 256
     input: str = "hidden"
+    labels: str = "attention"
     epochs: int = 4
     lr: float = 3e-3
     loss: str = "top"
@@ -65,6 +67,8 @@ class TrainConfig:
             )
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.labels not in KINDS:
+            raise ValueError(f"labels must be one of {', '.join(KINDS)}, got {self.labels!r}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie between 0 and 1, got {self.held_out}")
 
@@ -115,7 +119,7 @@ def train(
     for at in (*learn, *test):
         progress(f"labels of text {at + 1} of {len(examples)}", 0.6 * at / len(examples))
         path = work / f"labels-{at:05d}.safetensors"
-        fresh = None if path.exists() else _label(model, examples[at], path, config.input)
+        fresh = None if path.exists() else _label(model, examples[at], path, config)
         if at in learn:
             for layer, total in enumerate(sums):
                 total.add(*(fresh[layer] if fresh else _read(path, layer)))
@@ -195,7 +199,7 @@ def _fit(
 
 
 def _label(
-    model: PreTrainedModel, example: Example, path: Path, input: str
+    model: PreTrainedModel, example: Example, path: Path, config: TrainConfig
 ) -> list[tuple[Tensor, Tensor]]:
     """Make one text's labels and write them, whole or not at all."""
     from safetensors.torch import save_file
@@ -204,8 +208,8 @@ def _label(
     ids = example.ids[None].to(model.device)
     collect(
         model, ids, example.answer,
-        lambda layer, x, y: found.append((x.to(torch.bfloat16).cpu(), y.cpu())), input=input,
-        query=example.query,
+        lambda layer, x, y: found.append((x.to(torch.bfloat16).cpu(), y.cpu())),
+        input=config.input, query=example.query, labels=config.labels,
     )  # fmt: skip
     tensors = {f"x{i}": x for i, (x, _) in enumerate(found)}
     tensors |= {f"y{i}": y.contiguous() for i, (_, y) in enumerate(found)}
@@ -238,22 +242,25 @@ def _claim(
 ) -> None:
     """Write what the folder's files belong to, or refuse a folder that belongs to something else.
 
-    Labels depend on model, texts and input; the heads on everything, so other settings start them
-    again and keep the labels.
+    Labels depend on model, texts, input and their kind; the heads on everything, so other settings
+    start them again and keep the labels.
     """
     digest = hashlib.sha256(repr(sorted(model.config.to_dict().items(), key=str)).encode())
     for weight in list(model.parameters())[-4:]:
         digest.update(weight.detach().float().cpu().numpy().tobytes()[: 1 << 20])
     for example in examples:
         digest.update(example.ids.numpy().tobytes() + f"{example.answer} {example.query}".encode())
-    mine = {"labels": digest.hexdigest() + config.input, "train": asdict(config)}
+    mine = {
+        "labels": digest.hexdigest() + config.input + config.labels,
+        "train": asdict(config),
+    }
     path = work / "work.json"
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
         if theirs["labels"] != mine["labels"]:
             raise ValueError(
-                f"{work} holds labels of another model, other texts or another input: delete it, "
-                "or choose another --work"
+                f"{work} holds labels of another model, other texts, another input or of another "
+                "kind: delete it, or choose another --work"
             )
         if theirs["train"] != mine["train"]:
             for head in work.glob("head-*.safetensors"):

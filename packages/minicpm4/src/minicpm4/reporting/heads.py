@@ -19,10 +19,13 @@ def section(name: str, metrics: dict[str, Any]) -> Section:
         title="Heads: which keys to keep",
         summary=(
             f"Small heads on {metrics['model']} learned from {metrics['trained']['tokens']:,} "
-            f"tokens of the kept text which keys later words look at. {metrics['unseen']} windows "
-            f"that they did not see were compressed to {budgets[smallest]:.1%} of their entries: "
-            f"the last words then cost {ours:.3f} nats a token, {theirs:.3f} with the best scorer "
-            f"without training ({best}), {full:.3f} with the full cache."
+            f"tokens of the kept text which keys are looked at: by questions about facts strewn "
+            f"into {metrics['settings']['facts']:.0%} of the windows, and where "
+            f"{metrics['settings']['repeats']:.0%} are said twice. "
+            f"{metrics['unseen']} windows that they did not see, made alike, were compressed to "
+            f"{budgets[smallest]:.1%} of their entries: the last words then cost {ours:.3f} nats a "
+            f"token, {theirs:.3f} with the best scorer without training ({best}), {full:.3f} with "
+            "the full cache."
         ),
         headline=(
             f"{last['full'] / last['bounded']:.1f}×",

@@ -1,8 +1,9 @@
 """Stage `heads`: a real model's retaining heads are trained, and judged beside what needs none.
 
-The tool is `locret` (arXiv 2410.01805). Heads learn from the text that `clean` kept which keys
-later words look at; then windows that no head learned from are compressed to a share of their
-entries, and their last words' loss says what was lost. A longer text shows that memory is bounded.
+The tool is `locret` (arXiv 2410.01805). Heads learn which keys are looked at by questions about
+facts strewn into the text that `clean` kept, and by its own repetition. Then windows that no head
+learned from are compressed to a share of their entries, and their last words' loss says what was
+lost. A longer text shows that memory is bounded.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ class HeadsStageConfig(StageConfig):
     texts: int = Field(default=16, ge=2, description="windows; an eighth is only measured on")
     length: int = Field(default=512, ge=32, description="tokens of a window")
     answer: int = Field(default=64, ge=1, description="tokens at its end whose queries count")
+    facts: float = Field(
+        default=0.5, ge=0, le=1, description="share of the windows that get facts and questions"
+    )
+    repeats: float = Field(
+        default=0.5, ge=0, le=1, description="share of the windows that are said twice"
+    )
     hidden: int = Field(default=64, ge=0, description="width of a head; 0: ridge regression alone")
     epochs: int = Field(default=4, ge=1)
     budgets: list[float] = Field(default=[0.25, 0.125], min_length=1, description="shares kept")
@@ -54,8 +61,9 @@ def run(config: HeadsStageConfig, inputs: dict[str, Path], space: Workspace) -> 
     with inputs["text"].open(encoding="utf-8") as stream:
         text = "\n\n".join(json.loads(line)["text"] for line in stream)
     windows = examples(
-        [text], tokenizer, length=config.length, answer=config.answer, count=config.texts
-    )
+        [text], tokenizer, length=config.length, answer=config.answer, count=config.texts,
+        facts=config.facts, repeats=config.repeats,
+    )  # fmt: skip
     learning = TrainConfig(hidden=config.hidden, epochs=config.epochs, seed=space.seed)
     heads, facts = train(
         model, windows, learning, space.path / "work",
@@ -124,6 +132,11 @@ def check(config: HeadsStageConfig) -> None:
         raise ValueError(
             f"stages.heads.answer: {config.answer} tokens leave nothing of a window of "
             f"{config.length}: give fewer"
+        )
+    if config.facts + config.repeats > 1:
+        raise ValueError(
+            f"stages.heads.facts and .repeats: {config.facts} and {config.repeats} are more than "
+            "all windows: give 1 together at most"
         )
     if not all(0 < share <= 1 for share in config.budgets):
         raise ValueError(f"stages.heads.budgets: expected shares in (0, 1], got {config.budgets}")
