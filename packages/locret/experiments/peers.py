@@ -1,16 +1,16 @@
 """What kvpress' own presses lose on the samples of quality.py, question hidden, beside our heads.
 
 kvpress wants an older transformers, so an environment of its own, made as the README says under
-"In kvpress" and with testbed:
+"In kvpress", and with testbed:
 
-    kvpress/bin/pip install ./packages/testbed
-    kvpress/bin/python packages/locret/experiments/peers.py --heads runs/locret/heads-facts
+    kvpress/bin/pip install ./packages/testbed && kvpress/bin/testbed fetch
+    kvpress/bin/python packages/locret/experiments/peers.py --heads runs/locret/heads-repeats
 
-A press reads the context in one piece with its full cache, then drops entries: the memory is not
-bounded, and no later chunk has missed what was dropped. `heads, bounded` is quality.py's row, where
-the same heads read in chunks within the bound; `heads` and `heads, AdaKV` are our `LocretPress`.
-Not here: presses that need downloaded weights (KVzap, FastKVzip, QFilter, DuoAttention), and those
-that need the question (Finch).
+A press reads the context in one piece with its full cache and then drops entries: the memory is
+not bounded, and no later chunk has missed what was dropped. `heads` and `heads, AdaKV` are our
+`LocretPress`. `heads, bounded` are quality.py's rows, where the same heads read in chunks within
+the bound. KVzip reads the context twice. Not here: presses that need downloaded weights (KVzap,
+FastKVzip, QFilter, DuoAttention), and those that need the question (Finch).
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ from torch.nn.functional import cross_entropy
 from locret._cli import run
 
 TASKS = ("niah_multikey_1", "vt")
-OURS = "heads, bounded"
+# Rows of quality.py; the first is what the presses are compared with.
+OURS = {
+    "heads, bounded, original places, by head": "repeats-original-by-head",
+    "heads, bounded": "heads-repeats",
+}
 
 app = typer.Typer(add_completion=False)
 
@@ -121,17 +125,19 @@ def gathered(cells: dict[str, list[float]], task: str, arm: str) -> list[float]:
 
 
 def show(cells: dict[str, list[float]], ours: dict[str, list[float]], names: list[str]) -> str:
-    """Markdown by task; + where `OURS` is better on the samples both have, − where worse."""
+    """Markdown by task; + where the first of `OURS` is better on the samples both have, − worse."""
     lines: list[str] = []
     shares = " | ".join(f"{b:.1%} kept" for b in BUDGETS)
     for task in TASKS:
         lines += [f"\n{task}\n", f"| press | samples | {shares} |"]
         lines.append("|---" * (2 + len(BUDGETS)) + "|")
-        first = {b: gathered(ours, task, f"hidden heads-facts {b:g}") for b in BUDGETS}
-        means = [f"{statistics.mean(first[b]):.3f}" if first[b] else "" for b in BUDGETS]
-        lines.append(f"| {OURS} | {len(first[BUDGETS[0]])} | " + " | ".join(means) + " |")
-        for name in names:
-            found = {b: gathered(cells, task, f"{name} {b:g}") for b in BUDGETS}
+        rows = {
+            name: {b: gathered(ours, task, f"hidden {arm} {b:g}") for b in BUDGETS}
+            for name, arm in OURS.items()
+        }
+        first = rows[next(iter(OURS))]
+        rows |= {n: {b: gathered(cells, task, f"{n} {b:g}") for b in BUDGETS} for n in names}
+        for name, found in rows.items():
             if not all(found.values()):
                 continue
             row = [name, str(min(map(len, found.values())))]
@@ -146,15 +152,15 @@ def show(cells: dict[str, list[float]], ours: dict[str, list[float]], names: lis
 
 @app.command()
 def main(
-    heads: Annotated[Path, typer.Option(help="quality.py's heads.")] = RUNS / "heads-facts",
+    heads: Annotated[Path, typer.Option(help="quality.py's heads.")] = RUNS / "heads-repeats",
     task: Annotated[list[str] | None, typer.Option(help="RULER task; repeat it.")] = None,
     press: Annotated[list[str] | None, typer.Option(help="Row; repeat it. [all]")] = None,
     samples: Annotated[int, typer.Option(help="Of each task.")] = 64,
     minutes: Annotated[float, typer.Option(help="Start nothing later; run again to go on.")] = 1e9,
     dtype: Annotated[str, typer.Option(help="Of the model: bfloat16 or float32.")] = "bfloat16",
     ours: Annotated[
-        Path, typer.Option(help="quality.py's results of `--group facts`, in the same dtype.")
-    ] = HERE / "results/quality-facts.json",
+        Path, typer.Option(help="quality.py's results of `--group original`, in the same dtype.")
+    ] = HERE / "results/quality-learned.json",
     out: Annotated[Path, typer.Option(help="The results' file.")] = HERE / "results/peers.json",
 ) -> None:
     """kvpress' presses on quality.py's samples: NLL of the right answer, question hidden."""

@@ -4,10 +4,10 @@
 KeyDiff's together. `known`: the question is the last of what is compressed, so scorers that look at
 the last queries see it; for Locret-Q it also stands first. `options`: entries coded, merged or
 shared differently, question hidden; by KeyDiff, which retrieves best of those without training and
-so has most to lose. `learned`: what heads learn from, the question hidden; `original` keeps keys at
-their places in the text, `by-head` shares a layer's budget among its heads. In a group all keep the
-same number of entries, read in the same chunks, with the same protected first and newest entries;
-only `snapkv-once` reads its prompt in one piece, with the memory of all of it.
+so has most to lose. `learned`: what heads learn from, the question hidden. `original`: keys stay at
+their places in the text, and (`by-head`) a layer's budget is shared among its heads. In a group all
+keep the same number of entries, read in the same chunks, with the same protected first and newest
+entries; only `snapkv-once` reads its prompt in one piece, with the memory of all of it.
 
 Heads: `heads` learned from prose. `heads-facts`: half from prose, half from prose with facts that
 are asked for at its end (locret.facts; none of RULER's form). `heads-attention`: the same texts,
@@ -75,7 +75,8 @@ GROUPS = {
     "hidden": (("both", "heads", "keydiff", "random", "streaming", "expected", "snapkv",
                 "keynorm"), BUDGETS),
     "known": (("locret-q", "keydiff", "snapkv", "snapkv-once", "heads"), BUDGETS),
-    "learned": (("heads-repeats", "heads-attention", "heads-facts", *MORE), BUDGETS),
+    "learned": (("heads-repeats", "heads-attention", "heads-facts"), BUDGETS),
+    "original": (("heads-repeats", *MORE), BUDGETS),
     "options": (("keydiff", "heads", *OPTIONS), BUDGETS[1:]),
 }  # fmt: skip
 # How heads are made: their texts, and how they learn from them.

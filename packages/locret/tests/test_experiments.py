@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def quality():
         sys.path[:] = before
         sys.modules.pop("shared", None)
         sys.modules.pop("quality", None)
+        sys.modules.pop("peers", None)
         if taken is not None:
             sys.modules["shared"] = taken
 
@@ -57,7 +59,7 @@ def test_texts_of_tasks_are_none_that_are_measured(quality) -> None:
     assert sum(a.startswith(("\nWhat", "\nQuestion")) for a in asked) == 8
 
 
-@pytest.mark.parametrize("group", ["hidden", "known", "learned", "options"])
+@pytest.mark.parametrize("group", ["hidden", "known", "learned", "original", "options"])
 def test_only_blocks_that_every_arm_finished_count(quality, group: str) -> None:
     names = quality.arms(group)
     cells = {f"vt | {name} | 0": [1.0, 2.0] for name in names}
@@ -73,3 +75,17 @@ def test_bootstrap_is_of_pairs(quality) -> None:
     assert sure["gap"] == pytest.approx(0.1) and sure["low"] > 0 and sure["p"] == 0
     unsure = quality.better(ours, [x + (-1) ** i for i, x in enumerate(ours)])
     assert unsure["low"] < 0 < unsure["high"]
+
+
+def test_presses_are_compared_on_the_samples_both_have(quality) -> None:
+    peers = importlib.import_module("peers")
+    arm = next(iter(peers.OURS.values()))
+    ours = {f"vt | hidden {arm} {b} | {at}": [1.0, 1.1, 1.2, 1.0] for b in ("0.25", "0.125")
+            for at in (0, 4)}  # fmt: skip
+    theirs = {"vt | KVzip 0.25 | 0": [0.5, 0.6, 0.7, 0.5], "vt | KVzip 0.125 | 0": [3.0] * 4,
+              "vt | Knorm 0.25 | 4": [0.0] * 4}  # fmt: skip
+    lines = peers.show(theirs, ours, ["KVzip", "Knorm"]).splitlines()
+    assert [line for line in lines if "KVzip" in line] == ["| KVzip | 4 | 0.575− | 3.000+ |"]
+    assert not any("Knorm" in line for line in lines)  # a gap at its start
+    (first,) = (line for line in lines if line.startswith("| heads, bounded, original"))
+    assert "| 8 | 1.075 | 1.075 |" in first
