@@ -38,9 +38,12 @@ def train(
         ),
     ] = None,
     labels: Annotated[
-        str,
-        typer.Option(help='The largest "attention" a key gets, or "scores" before softmax, Eq. 3.'),
-    ] = "attention",
+        str | None,
+        typer.Option(
+            help='The largest "attention" a key gets, or "scores" before the softmax, Eq. 3.',
+            show_default="attention; scores with --query-aware",
+        ),
+    ] = None,
     hidden: Annotated[int, typer.Option(help="Width of a head; 0: ridge alone, minutes.")] = 256,
     input: Annotated[str, typer.Option(help='What heads read: "hidden" or "qkv".')] = "hidden",
     epochs: Annotated[int, typer.Option(help="Passes over the labels.")] = 4,
@@ -75,6 +78,7 @@ def train(
     from locret.models import load_config, load_model
     from locret.training import TrainConfig, train
 
+    labels = labels or ("scores" if query_aware else "attention")
     config = TrainConfig(
         hidden=hidden, input=input, labels=labels, epochs=epochs, lr=lr, loss=loss, seed=seed
     )
