@@ -2,10 +2,9 @@
 
 `hidden`: the context is compressed before the question is read; `both` is the heads' score and
 KeyDiff's together. `known`: the question is the last of what is compressed, so scorers that look at
-the last queries see it; for Locret-Q it also stands first. `options`: entries coded, merged or
-shared differently, question hidden; by KeyDiff, which retrieves best of those without training and
-so has most to lose. `learned`: what heads learn from, the question hidden. `original`: keys stay at
-their places in the text, and (`by-head`) a layer's budget is shared among its heads. In a group all
+the last queries see it; for Locret-Q it also stands first. `learned`: what heads learn from, the
+question hidden. `original`: keys stay at their places in the text, and (`by-head`) a layer's budget
+is shared among its heads. `options`: entries coded, merged or shared differently. In a group all
 keep the same number of entries, read in the same chunks, with the same protected first and newest
 entries; only `snapkv-once` reads its prompt in one piece, with the memory of all of it.
 
@@ -53,31 +52,25 @@ from locret.training import TrainConfig
 TASKS = ("niah_multikey_1", "vt", "niah_single_2", "niah_multivalue")
 BUDGETS = (0.25, 0.125)
 # Rows that are another row's scorer with other settings.
-OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "keydiff-int8": ("keydiff", {"storage": "int8"}),
-    "keydiff-int4": ("keydiff", {"storage": "int4"}),
-    "keydiff-merge": ("keydiff", {"merge": 0.8}),
-    "keydiff-by-layer": ("keydiff", {"budgets": "layer"}),
-    "keydiff-by-head": ("keydiff", {"budgets": "head"}),
-    "heads-by-layer": ("heads", {"budgets": "layer"}),
-    "heads-by-head": ("heads", {"budgets": "head"}),
-}
-MORE: dict[str, tuple[str, dict[str, Any]]] = {
-    "repeats-original": ("heads-repeats", {"positions": "original"}),
-    "repeats-original-by-head": (
-        "heads-repeats", {"positions": "original", "budgets": "head"}
-    ),
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8": ("heads-repeats", {"storage": "int8"}),
+    "int4": ("heads-repeats", {"storage": "int4"}),
+    "merge": ("heads-repeats", {"merge": 0.8}),
+    "by-layer": ("heads-repeats", {"budgets": "layer"}),
+    "by-head": ("heads-repeats", {"budgets": "head"}),
+    "original": ("heads-repeats", {"positions": "original"}),
+    "original-by-head": ("heads-repeats", {"positions": "original", "budgets": "head"}),
     "keydiff-original-by-head": ("keydiff", {"positions": "original", "budgets": "head"}),
-}  # fmt: skip
-SETTINGS = OPTIONS | MORE
+}
 # (names, budgets) of each group; the first name is what the others are compared with.
 GROUPS = {
     "hidden": (("both", "heads", "keydiff", "random", "streaming", "expected", "snapkv",
                 "keynorm"), BUDGETS),
     "known": (("locret-q", "keydiff", "snapkv", "snapkv-once", "heads"), BUDGETS),
     "learned": (("heads-repeats", "heads-attention", "heads-facts"), BUDGETS),
-    "original": (("heads-repeats", *MORE), BUDGETS),
-    "options": (("keydiff", "heads", *OPTIONS), BUDGETS[1:]),
+    "original": (("heads-repeats", "original", "original-by-head", "keydiff-original-by-head"),
+                 BUDGETS),
+    "options": (("heads-repeats", "int8", "int4", "merge", "by-layer", "by-head"), BUDGETS[1:]),
 }  # fmt: skip
 # How heads are made: their texts, and how they learn from them.
 FACTS = partial(varied_texts, repeats=0.0)
