@@ -34,10 +34,11 @@ from locret._cli import run
 TASKS = ("niah_multikey_1", "vt")
 # Rows of quality.py; the first is what the presses are compared with.
 OURS = {
-    "heads, bounded, original places, by head": "original-by-head",
     "heads, bounded, original places": "original",
+    "heads, bounded, original places, by head": "original-by-head",
     "heads, bounded": "heads-repeats",
 }
+BEST = "KVzip"  # of kvpress' presses
 
 app = typer.Typer(add_completion=False)
 
@@ -126,7 +127,9 @@ def gathered(cells: dict[str, list[float]], task: str, arm: str) -> list[float]:
 
 
 def show(cells: dict[str, list[float]], ours: dict[str, list[float]], names: list[str]) -> str:
-    """Markdown by task; + where the first of `OURS` is better on the samples both have, − worse."""
+    """Markdown by task; + where the first of `OURS` is better on the samples both have, − worse;
+    and how far `BEST` of kvpress' own is from our two ways of using the heads.
+    """
     lines: list[str] = []
     shares = " | ".join(f"{b:.1%} kept" for b in BUDGETS)
     for task in TASKS:
@@ -148,6 +151,16 @@ def show(cells: dict[str, list[float]], ours: dict[str, list[float]], names: lis
                 sign = "+" if gap["low"] > 0 else "−" if gap["high"] < 0 else ""
                 row.append(f"{statistics.mean(theirs):.3f}{sign}")
             lines.append("| " + " | ".join(row) + " |")
+        for name in (next(iter(OURS)), "heads, AdaKV"):
+            for budget in BUDGETS:
+                pair = [rows.get(n, {}).get(budget, []) for n in (name, BEST)]
+                both = min(map(len, pair))
+                if both:
+                    gap = better(*(values[:both] for values in pair))
+                    interval = f"{gap['low']:+.3f} to {gap['high']:+.3f}"
+                    lines.append(
+                        f"- {BEST} − {name} at {budget:.1%}: {gap['gap']:+.3f} ({interval})"
+                    )
     return "\n".join(lines)
 
 

@@ -85,7 +85,9 @@ def test_presses_are_compared_on_the_samples_both_have(quality) -> None:
     theirs = {"vt | KVzip 0.25 | 0": [0.5, 0.6, 0.7, 0.5], "vt | KVzip 0.125 | 0": [3.0] * 4,
               "vt | Knorm 0.25 | 4": [0.0] * 4}  # fmt: skip
     lines = peers.show(theirs, ours, ["KVzip", "Knorm"]).splitlines()
-    assert [line for line in lines if "KVzip" in line] == ["| KVzip | 4 | 0.575− | 3.000+ |"]
+    assert "| KVzip | 4 | 0.575− | 3.000+ |" in lines
+    gaps = [line for line in lines if line.startswith("- KVzip − heads, bounded")]
+    assert len(gaps) == 2 and "at 25.0%: -0.500 (" in gaps[0] and "12.5%: +1.925 (" in gaps[1]
     assert not any("Knorm" in line for line in lines)  # a gap at its start
-    (first,) = (line for line in lines if line.startswith("| heads, bounded, original"))
+    (first,) = (line for line in lines if line.startswith("| heads, bounded, original places |"))
     assert "| 8 | 1.075 | 1.075 |" in first
