@@ -5,11 +5,11 @@ anchor), on SmolLM2-135M and RULER-style needles. Every (task, tokens, hosts, sa
 line of the results file: a killed run goes on, and `--minutes` ends one in time.
 
     python packages/apb/experiments/quality.py run --samples 64 --minutes 8
-    python packages/apb/experiments/quality.py fill --heads runs/locret/heads-facts
+    python packages/apb/experiments/quality.py fill --heads runs/locret/heads-repeats
     python packages/apb/experiments/quality.py table
 
 `fill` adds the arms that finished samples lack. Heads, the paper's own compressor, come from
-locret's experiment (`quality.py --group facts`); without them their arm is left out.
+locret's experiment (`quality.py --group original`); without them their arm is left out.
 """
 
 from __future__ import annotations
