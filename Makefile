@@ -83,6 +83,7 @@ gpu: setup ## Run the tests marked gpu, then time the GPU kernels (without a GPU
 	$(BIN)/python -m pytest -q -m gpu
 	$(BIN)/python benchmarks/infllm2_gpu.py
 	$(BIN)/python benchmarks/cpmcu_gpu.py
+	$(BIN)/python benchmarks/apb_gpu.py
 
 wheels: setup ## Build a wheel of every tool into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist $(addprefix ./packages/,$(TOOLS))

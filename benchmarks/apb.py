@@ -4,10 +4,11 @@ SmolLM2-135M's real weights, one process, hosts one after another (`VirtualGroup
 "all work" are wall-clock of all hosts' work; rows named "critical path" are the slowest host's own
 clock, computing and waiting for others, with a network that costs nothing (its bytes are counted
 and priced by `apb explain`). torch's `_templated_ring_attention` runs inside the same model on the
-same clocks: its code, with only its two network calls given to the virtual hosts. The last row runs
-four real gloo processes.
+same clocks: its code, with only its two network calls given to the virtual hosts. "core" is one
+layer's attention on the last host, against one SDPA call on as many pairs. The gloo row runs four
+real processes.
 
-    python benchmarks/apb.py --only 8K        # 8K, "critical", "gloo", or nothing for all of them
+    python benchmarks/apb.py --only 8K    # 8K, "critical", "core", "gloo", or nothing for all
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from typing import Any
 
 import harness
 import torch
+from apb_gpu import core
 from torch import Tensor
 
 import apb
 import testbed
+from apb.costs import MODELS
 from apb.partial import partial_attention
 from apb.plan import Layer
 from apb.registry import make_strategy
@@ -227,7 +230,7 @@ def exchange() -> dict:
     }  # fmt: skip
 
 
-def rows(only: list[str], repeats: int) -> Iterator[dict]:
+def rows(only: list[str], repeats: int) -> Iterator[dict | harness.Case]:
     """The rows whose group's name holds one of `only`."""
     model: Any = None
 
@@ -236,8 +239,13 @@ def rows(only: list[str], repeats: int) -> Iterator[dict]:
         model = model or testbed.smollm2()
         return model
 
+    def cores() -> Iterator[harness.Case]:
+        for tokens in (8192, 32768):
+            yield core(MODELS["smollm2-135m"], tokens, HOSTS, "cpu", torch.float32)
+
     groups: dict[str, Callable[[], Any]] = {
         "gloo": lambda: [exchange()],
+        "core": cores,
         "all work 8K": lambda: [whole_prefill(smollm2(), 8192, 1.3, 1.45, repeats)],
         "critical 8K": lambda: paths(smollm2(), 8192, repeats, False),
         "all work 32K": lambda: [whole_prefill(smollm2(), 32768, 1.9, 2.26, min(repeats, 3))],

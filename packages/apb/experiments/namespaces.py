@@ -1,11 +1,12 @@
 """Real hosts on one machine: network namespaces joined by rate-limited links, one process each.
 
-Sets up a bridge and a namespace for each host, limits what each may send (tc tbf or netem), runs
-every strategy over gloo on SmolLM2-135M, and prints wall-clock by strategy; then kills a host in
-the middle of a prefill, times the error, and starts all again. Needs root, `ip` and `tc`;
-elsewhere it says why it skips. Everything that it makes is removed at the end.
+Sets up a bridge and a namespace for each host, limits what each may send (tc tbf), delays it where
+asked (netem, or `delay.py` where the kernel has none), runs every strategy over gloo on
+SmolLM2-135M, and prints wall-clock by strategy; then kills a host in the middle of a prefill, times
+the error, and starts all again. Needs root, `ip` and `tc`; elsewhere it says why it skips.
+Everything that it makes is removed at the end.
 
-    python packages/apb/experiments/namespaces.py --tokens 1024 --rate 1gbit --delay 1ms
+    python packages/apb/experiments/namespaces.py --tokens 1024 --rate 1gbit --delay 1
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from delay import MTU, DelayedCables
+
 PREFIX, PORT = "apbns", 29611
 STRATEGIES = ("ring", "zigzag", "ulysses", "star", "apb", "spava")
 
@@ -33,28 +36,54 @@ def call(command: str, *, quiet: bool = False) -> None:
         raise RuntimeError(f"{command}: {done.stderr.strip() or done.stdout.strip()}")
 
 
-def set_up(hosts: int, rate: str, delay: str) -> None:
-    """Namespaces apbns0, apbns1, … at 10.231.0.1, 10.231.0.2, …, on one bridge."""
+def set_up(hosts: int, rate: str, delay: float) -> DelayedCables | None:
+    """Namespaces apbns0, apbns1, … at 10.231.0.1, 10.231.0.2, …, on one bridge.
+
+    rate: that a host may send with, as tc writes it. delay: of what it sends, milliseconds.
+    Returns the cables that have to be closed in the end, where Python does the delaying.
+    """
     call(f"ip link add {PREFIX}br type bridge")
     call(f"ip link set {PREFIX}br up")
-    for host in range(hosts):
-        name = f"{PREFIX}{host}"
-        inside = f"ip netns exec {name}"
+    names = [f"{PREFIX}{host}" for host in range(hosts)]
+    for name in names:
         call(f"ip netns add {name}")
         call(f"ip link add {name}o type veth peer name {name}i")
+    cables = None
+    if delay and not netem(f"{names[0]}o"):
+        for name in names:
+            call(f"ip link del {name}o")
+        cables = DelayedCables([(f"{name}i", f"{name}o") for name in names], delay / 1000)
+        for name in names:
+            call(f"ip link set {name}i mtu {MTU}")
+            call(f"ip link set {name}o mtu {MTU}")
+    for host, name in enumerate(names):
+        inside = f"ip netns exec {name}"
         call(f"ip link set {name}i netns {name}")
         call(f"ip link set {name}o master {PREFIX}br up")
         call(f"{inside} ip addr add 10.231.0.{host + 1}/24 dev {name}i")
         call(f"{inside} ip link set {name}i up")
         call(f"{inside} ip link set lo up")
-        if delay != "0ms":
-            call(f"{inside} tc qdisc add dev {name}i root netem rate {rate} delay {delay}")
+        if delay and cables is None:
+            call(f"{inside} tc qdisc add dev {name}i root netem rate {rate} delay {delay}ms")
         else:
             call(f"{inside} tc qdisc add dev {name}i root tbf rate {rate} burst 1mb latency 50ms")
+    return cables
 
 
-def tear_down(hosts: int) -> None:
+def netem(device: str) -> bool:
+    """Whether the kernel can delay packets."""
+    try:
+        call(f"tc qdisc add dev {device} root netem delay 1ms")
+    except RuntimeError:
+        return False
+    call(f"tc qdisc del dev {device} root")
+    return True
+
+
+def tear_down(hosts: int, cables: DelayedCables | None = None) -> None:
     """Remove them; veth pairs go with their namespaces."""
+    if cables is not None:
+        cables.close()
     for host in range(hosts):
         call(f"ip netns del {PREFIX}{host}", quiet=True)
     call(f"ip link del {PREFIX}br", quiet=True)
@@ -131,7 +160,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
         raise RuntimeError(f"hosts ended with {codes}")
     rows = json.loads((Path(folder) / "result.json").read_text("utf-8"))
     print(f"{arguments.hosts} hosts, {arguments.tokens} tokens, {arguments.rate}, "
-          f"{arguments.delay} a direction, one thread each")  # fmt: skip
+          f"{arguments.delay:g} ms a direction, one thread each")  # fmt: skip
     for name, row in rows.items():
         print(f"{name:<8} {row['seconds']:8.3f} s   {row['most_bytes'] / 1e6:8.1f} MB a host")
     print(json.dumps(rows), flush=True)
@@ -158,7 +187,7 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rate", default="1gbit", help="as tc writes it: 10gbit, 1gbit")
-    parser.add_argument("--delay", default="0ms", help="added to each packet: 1ms")
+    parser.add_argument("--delay", type=float, default=0.0, help="of each packet, milliseconds")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--mode", default="all", choices=["all", "time", "kill"])
     parser.add_argument("--folder", default="", help="used by the hosts themselves")
@@ -171,8 +200,8 @@ def main() -> None:
         return
     tear_down(arguments.hosts)
     try:
-        set_up(arguments.hosts, arguments.rate, arguments.delay)
-    except RuntimeError as error:
+        cables = set_up(arguments.hosts, arguments.rate, arguments.delay)
+    except (RuntimeError, OSError) as error:
         tear_down(arguments.hosts)
         print(f"skipped: {error}")
         return
@@ -183,7 +212,7 @@ def main() -> None:
             print("all hosts again:")
             measure(arguments, folder)
     finally:
-        tear_down(arguments.hosts)
+        tear_down(arguments.hosts, cables)
 
 
 if __name__ == "__main__":

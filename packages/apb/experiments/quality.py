@@ -9,7 +9,7 @@ line of the results file: a killed run goes on, and `--minutes` ends one in time
     python packages/apb/experiments/quality.py table
 
 `fill` adds the arms that finished samples lack. Heads, the paper's own compressor, come from
-locret's experiment (`quality.py --group original`); without them their arm is left out.
+locret's experiment (`quality.py --group original`); without them their arms are left out.
 """
 
 from __future__ import annotations
@@ -39,15 +39,25 @@ ARMS: dict[str, dict[str, Any]] = {
     "nothing": {"strategy": "apb", "compressor": "none", "anchor_length": 0},
 }
 HEADS = "apb, heads"
+# With trained heads, the paper's compressor; without the query or the anchor they choose the same.
+HEADS_ARMS: dict[str, dict[str, Any]] = {
+    HEADS: {"query": True},
+    f"{HEADS}, no query": {},
+    f"{HEADS}, no anchor": {"anchor_length": 0},
+}
 
 
 def all_arms(heads: Path | None) -> dict[str, dict[str, Any]]:
-    """`ARMS`, and that of trained heads where there are some."""
+    """`ARMS`, and those of trained heads where there are some."""
     if heads is None:
         return ARMS
     import apb
 
-    return ARMS | {HEADS: {"strategy": "apb", "compressor": apb.LocretHeads(heads), "query": True}}
+    compressor = apb.LocretHeads(heads)
+    return ARMS | {
+        arm: {"strategy": "apb", "compressor": compressor, **options}
+        for arm, options in HEADS_ARMS.items()
+    }
 
 
 def score(
@@ -132,6 +142,7 @@ def fill(arguments: argparse.Namespace) -> None:
     model, tokenizer = testbed.smollm2(dtype)
     torch.set_num_threads(arguments.threads)
     arms, rows = all_arms(arguments.heads), read()
+    name = str(dtype).removeprefix("torch.")
     end = time.monotonic() + 60 * arguments.minutes
     chosen = [
         row
@@ -140,6 +151,7 @@ def fill(arguments: argparse.Namespace) -> None:
         and row["tokens"] in arguments.tokens
         and row["hosts"] in arguments.hosts
         and arguments.first <= row["sample"] < arguments.samples
+        and row.get("dtype", "bfloat16") == name  # all arms of a sample are in one dtype
         and not arms.keys() <= row["arms"].keys()
     ]
     for row in track(chosen, "samples"):
@@ -185,13 +197,15 @@ def table() -> None:
         said = ", ".join(f"{count} {name}" for name, count in dtypes.items())
         print(f"\n#### {task}, {tokens} tokens, {hosts} hosts, {len(mine)} samples ({said})\n")
         print("| arm | NLL | KL to full | slowest host's rows |\n|---|---|---|---|")
-        for arm in (*ARMS, HEADS):
+        for arm in (*ARMS, *HEADS_ARMS):
             if all(arm in m for m in mine):
                 mean = {k: sum(m[arm][k] for m in mine) / len(mine) for k in ("nll", "kl", "rows")}
                 print(f"| {arm} | {mean['nll']:.3f} | {mean['kl']:.4f} | {mean['rows']:.0f} |")
         for better, worse in (
             ("full", "apb"), ("apb", "apb, random"), ("apb, key difference", "apb, random"),
             ("full", HEADS), (HEADS, "apb"), (HEADS, "apb, random"), (HEADS, "star"),
+            (HEADS, "anchor only"), (HEADS, f"{HEADS}, no query"), (HEADS, f"{HEADS}, no anchor"),
+            ("anchor only", f"{HEADS}, no anchor"),
             ("apb, random", "anchor only"), ("apb", "anchor only"), ("apb", "star"),
             ("anchor only", "no anchor"),
         ):  # fmt: skip

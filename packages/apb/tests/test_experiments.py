@@ -3,7 +3,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import shutil
+import socket
+import subprocess
+import time
 from pathlib import Path
+
+import pytest
 
 import testbed
 
@@ -44,8 +51,9 @@ def test_fill_adds_what_finished_samples_lack(tmp_path) -> None:
     [sample] = testbed.ruler("niah_single_1", 300, 1, 0, tokenizer)
     few = {arm: quality.ARMS[arm] for arm in ("full", "apb")}
     row = {"task": "niah_single_1", "tokens": 300, "hosts": 2, "sample": 0}
+    row["dtype"] = "float32"
     row["arms"] = quality.score(model, tokenizer, sample, 2, few)
-    other = row | {"tokens": 301}
+    other = row | {"dtype": "bfloat16"}  # all arms of a sample are in one dtype
     quality.RESULTS.write_text(json.dumps(row) + "\n" + json.dumps(other) + "\n", "utf-8")
     quality.fill(
         argparse.Namespace(
@@ -76,3 +84,29 @@ def test_table_compares_an_arm_on_the_samples_that_have_it(tmp_path, capsys) -> 
     assert "| apb, random | 6.000 |" in shown and "| apb, key difference |" not in shown
     assert "- apb, key difference < apb, random (5 samples): nll +1.0000, p = 0.0001" in shown
     assert "- apb < apb, random: nll +3.0000" in shown
+
+
+def test_a_delayed_cable_holds_what_the_host_sends_and_not_what_it_gets() -> None:
+    if os.geteuid() or not shutil.which("ip") or not Path("/dev/net/tun").exists():
+        pytest.skip("TAP devices need root, ip and /dev/net/tun")
+    try:
+        cables = load("delay").DelayedCables([("apbtest0i", "apbtest0o")], 1.0)
+    except OSError as error:
+        pytest.skip(f"TAP devices are refused here: {error}")
+    try:
+        ends = []
+        for name in ("apbtest0i", "apbtest0o"):
+            subprocess.run(["ip", "link", "set", name, "up"], check=True)
+            end = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5))
+            end.bind((name, 0x88B5))  # an Ethernet type for experiments
+            end.settimeout(5)
+            ends.append(end)
+        for sender, receiver, least, most in ((0, 1, 1.0, 5.0), (1, 0, 0.0, 1.0)):
+            frame = b"\xff" * 6 + b"\x02\x00\x00\x00\x00\x01" + b"\x88\xb5" + bytes([sender]) * 64
+            began = time.monotonic()
+            ends[sender].send(frame)
+            assert ends[receiver].recv(2000) == frame
+            assert least <= time.monotonic() - began < most
+    finally:
+        cables.close()
+    assert not Path("/sys/class/net/apbtest0i").exists()

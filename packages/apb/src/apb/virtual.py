@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -133,8 +134,10 @@ class VirtualHost:
         self._began = time.perf_counter()
 
     def stop(self) -> None:
-        """Stop this host's clock."""
+        """Stop this host's clock, once a GPU has done what this host gave it to do."""
         if self._began is not None:
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
             seconds = time.perf_counter() - self._began
             self._group.clocks[self.rank] += seconds
             self._group.busy[self.rank] += seconds
