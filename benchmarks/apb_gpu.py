@@ -1,9 +1,9 @@
 """apb on one GPU: its attention core against flash attention, virtual hosts against dense.
 
-A middle host's mask is a staircase; the core makes it of flash calls without a mask, merged by
-their log-sum-exps. Its peer is one such call on as many pairs of query and key: what no merging,
-no triangle and no third of a tile can beat. The second row is the whole prefill of a random model
-of Llama-3.1-8B's shape: eight hosts on one GPU, one after another, against the dense forward.
+The mask of a later host is a staircase; the core makes it of flash calls that have no mask or are
+causal, merged by their log-sum-exps. Its peer is one call without a mask on as many pairs of query
+and key. The second row is the whole prefill of a random model of Llama-3.1-8B's shape: eight hosts
+on one GPU, one after another, against the dense forward.
 
     python benchmarks/apb_gpu.py           # results/apb_gpu.<device>.json
     python benchmarks/apb_gpu.py --small   # the same rows on tiny sizes, CPU included; no file

@@ -31,6 +31,14 @@ def test_several_queries_over_one_context() -> None:
         )
 
 
+@pytest.mark.parametrize(("strategy", "busy"), [("apb", 3), ("dense", 1)])
+def test_progress_counts_the_layers_of_hosts_that_have_any(strategy: str, busy: int) -> None:
+    model, seen = testbed.tiny("llama"), []
+    apb.prefill(model, ids(30), strategy=strategy, hosts=3, progress=seen.append)
+    total = busy * model.config.num_hidden_layers
+    assert seen == pytest.approx([(i + 1) / total for i in range(total)])
+
+
 def test_dense_leaves_hosts_empty_and_decodes_all_the_same() -> None:
     model = testbed.tiny("llama")
     document, query = ids(20), ids(3, seed=1)

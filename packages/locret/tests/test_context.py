@@ -188,6 +188,19 @@ def test_one_token_is_a_context(model, heads) -> None:
 
 
 @torch.no_grad()
+def test_progress_tells_of_the_text_and_not_of_new_tokens(model, heads) -> None:
+    config = LocretConfig(budget=16, chunk=8, stabilisers=4)
+    read, answered, seen = [], [], tokens(1, 30)
+    cache = prefill(model, heads, seen, config, progress=read.append)
+    assert read == sorted(read) and len(read) >= 30 // 8 and read[-1] == 1.0
+    options = {"max_new_tokens": 5, "do_sample": False, "progress": answered.append}
+    generate(model, heads, seen[:, :4], config, cache=cache, **options)
+    assert answered == []
+    generate(model, heads, seen, config, **options)
+    assert answered == read
+
+
+@torch.no_grad()
 def test_with_room_generate_is_transformers(model, heads) -> None:
     ids = tokens(1, 30)
     config = LocretConfig(budget=100, chunk=8, stabilisers=4)

@@ -7,6 +7,7 @@ which any number of queries can be asked (`apb.context`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ def prefill(
     hosts: int | Group = 4,
     query: Tensor | None = None,
     compressor: str | Compressor | None = None,
+    progress: Callable[[float], None] = lambda share: None,
     **options: Any,
 ) -> Context:
     """Prefill `document` on all hosts of a group, and keep each host's keys and values there.
@@ -61,6 +63,7 @@ def prefill(
     compressor: query-attention, key-norm, key-difference, random, none, or an object; None is
         query-attention with a query and key-norm without. options: anchor_length, passing_length,
         pool_kernel, sink.
+    progress: called after every layer of this process's hosts with the share of them done.
 
     Anchor rows have positions 0, 1, ...; document tokens keep their own.
     Raises ValueError for what does not fit.
@@ -83,12 +86,19 @@ def prefill(
     check_positions(model, document.shape[1])
     layers = len(attention_modules(model, IMPLEMENTATION))
     report = Report()
+    todo = layers * sum(plan.rows(rank) > 0 for rank in group.ranks)
+    attended = 0
+
+    def count_layer() -> None:
+        nonlocal attended
+        attended += 1
+        progress(attended / todo)
 
     def program(host: Host) -> HostKV:
         kv = HostKV(host.rank, group.size, layers)
         ids, positions = host_rows(plan, host.rank, document, query)
         if ids.shape[1]:
-            pairs = _forward(model, strategy, plan, host, kv, ids, positions)
+            pairs = _forward(model, strategy, plan, host, kv, ids, positions, count_layer)
             report.pairs[host.rank] = pairs
         report.bytes_sent[host.rank] = host.bytes_sent
         report.messages_sent[host.rank] = host.messages_sent
@@ -129,6 +139,7 @@ def _forward(
     kv: HostKV,
     ids: Tensor,
     positions: Tensor,
+    count_layer: Callable[[], None],
 ) -> float:
     pairs = 0.0
 
@@ -138,6 +149,7 @@ def _forward(
         out = strategy.attend(layer)
         pairs += layer.pairs
         kv.keep(module.layer_idx, k, v, plan.anchors[host.rank])
+        count_layer()
         return out
 
     with handled_by(attend):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from apb.engine import prefill
 from apb.registry import COMPRESSORS, STRATEGIES, make_strategy
 from apb.transport import Group
 from apb.virtual import VirtualGroup
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -62,8 +65,6 @@ def run_file(
     **generation: Any,
 ) -> None:
     """Answer every line of `samples` that `output` does not hold yet."""
-    from rich.progress import track
-
     if not samples.exists():
         raise FileNotFoundError(f"{samples} does not exist")
     lines = _read(samples)
@@ -75,19 +76,20 @@ def run_file(
 
         chosen = LocretHeads(compressor)
     options = {"anchor_length": anchor_length, "passing_length": passing_length}
-    with launched(hosts) as group:
-        device = "cuda" if torch.cuda.is_available() and len(group.ranks) == 1 else "cpu"
+    with launched(hosts) as group, _bars() as bars:
+        device = _device()
         network = network.to(device)
         first = 0 in group.ranks
-        todo = lines[done:]
-        for sample in track(todo, description=strategy, disable=not first):
+        answered = bars.add_task("answers", total=len(lines), completed=done, visible=first)
+        layers = bars.add_task(strategy, total=1.0, visible=first)
+        for sample in lines[done:]:
             document = _ids(tokenizer, sample["document"], device)
             query = _ids(tokenizer, sample["query"], device, begin=False)
             began = time.perf_counter()
             context = prefill(
                 network, document, strategy=strategy, hosts=group, compressor=chosen,
                 query=query if query_in_anchor and strategy in ("star", "apb", "spava") else None,
-                **options,
+                progress=lambda share: bars.update(layers, completed=share), **options,
             )  # fmt: skip
             prefilled = time.perf_counter() - began
             stop = tokenizer.eos_token_id
@@ -104,6 +106,7 @@ def run_file(
                 }
                 with output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            bars.advance(answered)
 
 
 def time_strategies(
@@ -119,23 +122,27 @@ def time_strategies(
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}")
     if tokens < 1 or repeats < 1:
         raise ValueError(f"tokens and repeats must be at least 1, got {tokens} and {repeats}")
-    loaded, _ = load(model)
+    loaded = load(model)[0].to(_device())
     link = NETWORKS[network]
     group = VirtualGroup(hosts, latency=link.latency, bandwidth=link.bandwidth)
     vocabulary = loaded.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
-    document = torch.randint(0, vocabulary, (1, tokens), generator=generator)
+    document = torch.randint(0, vocabulary, (1, tokens), generator=generator).to(_device())
     names = names or list(STRATEGIES)
     made = {name: make_strategy(name) for name in names}
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     sent = {}
-    for turn in range(repeats + 1):  # the first warms up
-        for name, strategy in made.items():
-            began = time.perf_counter()
-            context = prefill(loaded, document, strategy=strategy, hosts=group)
-            if turn:
-                seen[name].append((time.perf_counter() - began, max(group.clocks)))
-            sent[name] = sum(context.report.bytes_sent.values())
+    with _bars() as bars:
+        timed = bars.add_task("timing", total=(repeats + 1) * len(names))
+        for turn in range(repeats + 1):  # the first warms up
+            for name, strategy in made.items():
+                bars.update(timed, description=name)
+                began = time.perf_counter()
+                context = prefill(loaded, document, strategy=strategy, hosts=group)
+                if turn:
+                    seen[name].append((time.perf_counter() - began, max(group.clocks)))
+                sent[name] = sum(context.report.bytes_sent.values())
+                bars.advance(timed)
     return [
         {
             "strategy": name,
@@ -145,6 +152,19 @@ def time_strategies(
         }
         for name in names
     ]
+
+
+def _device() -> str:
+    """A GPU where there is one; under torchrun this process's own, which is the current one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _bars() -> Progress:
+    """Progress on standard error, gone in the end."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(console=Console(stderr=True), transient=True)
 
 
 def _ids(tokenizer: Any, text: str, device: str, *, begin: bool = True) -> torch.Tensor:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from locret.config import LocretConfig
 
 Model = Annotated[Path, typer.Argument(help="Folder of a transformers decoder.")]
@@ -104,3 +106,12 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
             bar.update(task, description=text, completed=done)
 
         yield move
+
+
+@contextmanager
+def reading(ids: Tensor) -> Iterator[Callable[[float], None]]:
+    """A bar for a text `[B, T]` that is read; yields what is told the share."""
+    with progress_bar() as move:
+        text = f"reading {ids.shape[1]:,} tokens"
+        move(text, 0.0)
+        yield lambda share: move(text, share)

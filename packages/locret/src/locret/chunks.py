@@ -13,7 +13,7 @@ from locret.cache import LocretCache
 
 def read(
     forward: Callable[..., Any], ids: Tensor, cache: LocretCache, kwargs: dict[str, Any],
-    settle: Callable[[LocretCache], None],
+    settle: Callable[[LocretCache], None], progress: Callable[[float], None],
 ) -> Any:  # fmt: skip
     """Feed `ids` to the model's own forward, and give its output as if it were one call.
 
@@ -27,6 +27,7 @@ def read(
         kwargs: of the call. `attention_mask` `[B, T]` or `[B, past + T]`; `logits_to_keep` as in
             transformers, an integer. `position_ids` are ignored: they follow from the cache.
         settle: called with the cache after each piece.
+        progress: called after each of several pieces with the share of them read.
 
     Returns:
         the model's output of the last piece, its logits those of the columns asked for; padding
@@ -47,7 +48,8 @@ def read(
         raise ValueError(f"the cache holds {cache.seen.shape[0]} rows, the input has {B}")
 
     output, logits = None, None
-    for start, end, last, evict in _pieces(cache, lengths, T):
+    pieces = _pieces(cache, lengths, T)
+    for at, (start, end, last, evict) in enumerate(pieces, 1):
         columns, valid = _columns(order, start, end, ids)
         piece = ids.gather(1, columns)
         cache.evicting, cache.last = evict, last
@@ -65,6 +67,8 @@ def read(
         logits[rows, columns[rows, places + first] - (T - keep)] = output.logits[rows, places]
         settle(cache)
         cache.seen = cache.seen + valid.sum(1, keepdim=True)
+        if len(pieces) > 1:
+            progress(at / len(pieces))
     cache.columns += T
     cache.evicting, cache.valid, cache.last = False, None, None
     output.logits = logits

@@ -30,6 +30,7 @@ from locret._cli_options import (
     Storage,
     chosen,
     progress_bar,
+    reading,
     sized,
 )
 from locret._cli_train import train
@@ -148,7 +149,8 @@ def generate(
     ids = read_prompt(prompt_file, tokenizer, None).to(decoder.device)
     options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False}
     if not question:
-        out = generate(decoder, eye, ids, config, **options)
+        with reading(ids) as progress:
+            out = generate(decoder, eye, ids, config, progress=progress, **options)
         print(tokenizer.decode(out[0], skip_special_tokens=True))
         return
     if getattr(getattr(getattr(eye, "heads", eye), "config", None), "query_aware", False):
@@ -156,10 +158,13 @@ def generate(
             more = tokenizer(asked, return_tensors="pt", add_special_tokens=False)["input_ids"]
             more = more.to(decoder.device)
             text, sizes = query_first(more, ids, config)
-            out = generate(decoder, eye, torch.cat([text, more], 1), sizes, **options)
+            whole = torch.cat([text, more], 1)
+            with reading(whole) as progress:
+                out = generate(decoder, eye, whole, sizes, progress=progress, **options)
             print(f"{asked}{tokenizer.decode(out[0], skip_special_tokens=True)}")
         return
-    cache = prefill(decoder, eye, ids, config)
+    with reading(ids) as progress:
+        cache = prefill(decoder, eye, ids, config, progress=progress)
     print(f"{ids.shape[1]:,} tokens read, at most {cache.peak:,} entries held", file=sys.stderr)
     for asked in question:
         more = tokenizer(asked, return_tensors="pt", add_special_tokens=False)["input_ids"]

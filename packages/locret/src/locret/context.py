@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def locret(
-    model: PreTrainedModel, heads: RetainingHeads | Scorer | str, config: LocretConfig
-) -> Iterator[None]:
+    model: PreTrainedModel, heads: RetainingHeads | Scorer | str, config: LocretConfig,
+    *, progress: Callable[[float], None] = lambda share: None,
+) -> Iterator[None]:  # fmt: skip
     """Bound the cache of every call of `model` inside the block, and leave it as it was after.
 
     A prompt is read in chunks; after each, every layer and head keeps its budget's best. Forward
@@ -44,6 +45,7 @@ def locret(
         model: any decoder that uses transformers' attention interface, without sliding windows.
         heads: trained `RetainingHeads`; or the name or instance of a training-free scorer.
         config: sizes, for caches that calls do not bring themselves.
+        progress: called after each chunk of a longer text with the share of it read.
 
     Raises:
         ValueError: heads of another model, or a model that cannot change its attention.
@@ -68,7 +70,7 @@ def locret(
                 f"past_key_values must be a LocretCache, got {type(cache).__name__}: "
                 "model.generate(..., past_key_values=LocretCache(config))"
             )
-        return read(inner, input_ids, cache, kwargs, engine.settle)
+        return read(inner, input_ids, cache, kwargs, engine.settle, progress)
 
     with exchanged(model, engine.attend, engine.enter):
         model.forward = forward  # type: ignore[method-assign]

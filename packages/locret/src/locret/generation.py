@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def prefill(
     model: PreTrainedModel, heads: RetainingHeads | Scorer | str, ids: Tensor, config: LocretConfig,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None, *, progress: Callable[[float], None] = lambda share: None,
 ) -> LocretCache:  # fmt: skip
-    """Read `ids` `[B, T]`; what is left of them, for `generate` or for `cache.fork()`."""
+    """Read `ids` `[B, T]`; what is left of them, for `generate` or for `cache.fork()`.
+
+    progress: called after each chunk of a longer text with the share of it read.
+    """
     cache = LocretCache(config)
-    with locret(model, heads, config):
+    with locret(model, heads, config, progress=progress):
         model(input_ids=ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
     return cache
 
@@ -59,7 +63,8 @@ def query_first(
 @torch.no_grad()
 def generate(
     model: PreTrainedModel, heads: RetainingHeads | Scorer | str, ids: Tensor, config: LocretConfig,
-    *, attention_mask: Tensor | None = None, cache: LocretCache | None = None, **options: Any,
+    *, attention_mask: Tensor | None = None, cache: LocretCache | None = None,
+    progress: Callable[[float], None] = lambda share: None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """Continue a prompt within budget + chunk entries per head, prompt and continuation together.
 
@@ -70,6 +75,7 @@ def generate(
         config: sizes.
         attention_mask: `[B, T]`, 0 for padding (at the left, as transformers generates).
         cache: from `prefill`: it is copied first, so one context answers any number of questions.
+        progress: as of `prefill`.
         options: of `model.generate`, such as `max_new_tokens`, `do_sample`, `streamer`.
 
     Returns:
@@ -84,6 +90,6 @@ def generate(
         # generate counts what was read; whatever stands in its columns is not read again.
         ids = torch.cat([ids.new_zeros(ids.shape[0], past), ids], dim=1)
         mask = torch.cat([mask.new_ones(mask.shape[0], past), mask], dim=1)
-    with locret(model, heads, cache.config):
+    with locret(model, heads, cache.config, progress=progress):
         out = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
     return out[:, ids.shape[1] :]
