@@ -48,7 +48,8 @@ class DistributedGroup:
     """This process as one host of an initialised process group; see `apb.transport.Group`.
 
     Args:
-        group: a process group of torch.distributed; None is the default one.
+        group: a process group of torch.distributed; None is the default one. All its processes
+            must make theirs.
 
     Raises:
         ValueError: torch.distributed is not initialised.
@@ -63,6 +64,9 @@ class DistributedGroup:
         self._group = group
         self.size = dist.get_world_size(group)
         self.ranks = (dist.get_rank(group),)
+        if dist.get_backend(group) == "nccl":
+            # NCCL wants all of them in the first exchange, and a host may have nothing to exchange.
+            dist.barrier(group)
 
     def run(self, program: Callable[[DistributedHost], Any]) -> dict[int, Any]:
         """Run `program(host)` here; the other processes must do the same."""
