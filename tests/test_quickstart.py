@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 MINICPM4 = Path(sys.executable).parent / "minicpm4"
 STAGES = [
-    *("clean", "verify", "pretrain", "ternary", "sparse", "prefill", "heads", "generate"),
+    *("clean", "verify", "pretrain", "ternary", "sparse", "heads", "prefill", "generate"),
     *("density", "report"),
 ]
 
@@ -107,13 +107,19 @@ def test_sparse_compares_the_same_prompts(finished: Path) -> None:
 
 
 def test_prefill_sets_strategies_side_by_side(finished: Path) -> None:
-    dense, zigzag, approximate = metrics(finished, "prefill")["cases"]
-    assert [c["strategy"] for c in (dense, zigzag, approximate)] == ["dense", "zigzag", "apb"]
+    dense, zigzag, *approximate = metrics(finished, "prefill")["cases"]
+    assert [c["strategy"] for c in (dense, zigzag)] == ["dense", "zigzag"]
+    assert [c["strategy"] for c in approximate] == ["apb", "apb, trained heads"]
     assert dense["bytes_sent"] == dense["kl"] == 0
-    assert zigzag["kl"] < 1e-4 < approximate["kl"]
+    assert zigzag["kl"] < 1e-4
     assert abs(zigzag["nll"] - dense["nll"]) < 1e-3
-    assert 0 < approximate["bytes_sent"] < zigzag["bytes_sent"]
-    assert approximate["slowest_pairs"] < dense["slowest_pairs"]
+    for case in approximate:
+        assert case["kl"] > 1e-4
+        assert 0 < case["bytes_sent"] < zigzag["bytes_sent"]
+        assert case["slowest_pairs"] < dense["slowest_pairs"]
+    # Equal lengths: the compressors alone differ, and they choose other keys.
+    assert approximate[0]["bytes_sent"] == approximate[1]["bytes_sent"]
+    assert approximate[0]["kl"] != approximate[1]["kl"]
     timings = json.loads((finished / "prefill" / "timings.json").read_text())
     assert all(t["critical_path"] > 0 for t in timings["seconds"])
 

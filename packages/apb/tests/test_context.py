@@ -143,3 +143,10 @@ def test_locret_heads_choose_what_travels(kind: str) -> None:
     )
     dense = apb.prefill(model, document, hosts=1, strategy="dense")
     torch.testing.assert_close(everything.logits(query), dense.logits(query), rtol=0, atol=1e-4)
+
+
+def test_locret_heads_of_another_model_are_refused() -> None:
+    heads = pytest.importorskip("locret").RetainingHeads
+    compressor = apb.LocretHeads(heads.for_model(testbed.tiny("qwen3", num_hidden_layers=3)))
+    with pytest.raises(ValueError, match="heads are for a model with layers 3, this one has"):
+        apb.prefill(testbed.tiny("llama"), ids(40), hosts=4, compressor=compressor)

@@ -22,8 +22,9 @@ class Compressor(Protocol):
     """What a prefill asks of a compressor; any callable of this signature will do.
 
     It may also have a class attribute `needs_query`, True where it cannot score without query
-    vectors, and a method `at_layer(layer, first, end) -> Compressor`, called in a model for rows
-    first .. end - 1 of each layer.
+    vectors; and, for models, the methods `at_layer(layer, first, end) -> Compressor`, called for
+    rows first .. end - 1 of each layer, and `check(model)`, which raises ValueError for one that
+    does not fit.
     """
 
     def __call__(

@@ -84,6 +84,9 @@ def prefill(
     count = 0 if query is None else query.shape[1]
     plan = strategy.plan(document.shape[1], group.size, count)
     check_positions(model, document.shape[1])
+    check_model = getattr(getattr(strategy, "compressor", None), "check", None)
+    if check_model is not None:
+        check_model(model)
     layers = len(attention_modules(model, IMPLEMENTATION))
     report = Report()
     todo = layers * sum(plan.rows(rank) > 0 for rank in group.ranks)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from apb.plan import Layer
 
 
@@ -27,10 +29,14 @@ class LocretHeads:
             heads = _locret("heads").RetainingHeads.load(heads)
         self.heads = heads
 
+    def check(self, model: PreTrainedModel) -> None:
+        """ValueError where the heads were made for a model of another shape."""
+        self.heads.check(model)
+
     def at_layer(self, layer: Layer, first: int, end: int) -> Callable[..., Tensor]:
         """The scorer of rows first .. end - 1 of one layer."""
         context = layer.context
-        head = self.heads.layers[layer.index]
+        head = self.heads.layers[layer.index].to(layer.k.device)
 
         @torch.no_grad()
         def score(q: Tensor, k: Tensor, v: Tensor, *, query: Tensor, host: int) -> Tensor:

@@ -3,7 +3,8 @@
 The tool is `apb`. SmolLM2 reads the text of a needle task on virtual hosts, one after another in
 this process, and then the question. What is compared is how well it predicts the right answer, how
 far its predictions are from those of exact attention, what crossed the network, and the time of the
-slowest host. SmolLM2 was trained for none of the approximate strategies.
+slowest host. SmolLM2 was trained for none of the approximate strategies. After a stage `heads`,
+APB is there twice: its blocks chosen by the query's attention, and by those heads, as in the paper.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from minicpm4.pipeline.stage import Estimate, Stage, StageConfig, Workspace, nee
 
 Task = Literal["niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1"]
 Strategy = Literal["ring", "zigzag", "ulysses", "star", "apb", "spava"]
+WITH_HEADS = "apb, trained heads"
 
 
 class PrefillConfig(StageConfig):
@@ -31,6 +33,9 @@ class PrefillConfig(StageConfig):
     strategies: list[Strategy] = Field(
         default=["zigzag", "star", "apb", "spava"], min_length=1, description="besides dense"
     )
+    trained_heads: bool = Field(
+        default=True, description="APB by the heads of an earlier stage too, where there is one"
+    )
     latency: float = Field(default=30e-6, ge=0, description="of a message, seconds")
     bandwidth: float = Field(default=1.25e9, gt=0, description="of a host, bytes / second")
 
@@ -40,7 +45,7 @@ def run(config: PrefillConfig, inputs: dict[str, Path], space: Workspace) -> Non
     with needs("testbed", "prefill"):
         import testbed
     with needs("apb", "prefill"):
-        import apb  # noqa: F401
+        import apb
     import torch
     import transformers
 
@@ -52,7 +57,14 @@ def run(config: PrefillConfig, inputs: dict[str, Path], space: Workspace) -> Non
         path, dtype=torch.float32, local_files_only=True
     ).eval()
     samples = testbed.ruler(config.task, config.tokens, config.samples, space.seed, tokenizer)
-    names = ["dense", *config.strategies]
+    compressor = None
+    if config.trained_heads and "heads" in inputs:
+        compressor = apb.LocretHeads(inputs["heads"])
+        try:
+            compressor.check(model)
+        except ValueError as error:
+            raise ValueError(f"stages.prefill: {error}; or set trained_heads: false") from None
+    names = ["dense", *config.strategies, *([WITH_HEADS] if compressor else [])]
     todo, rows = len(samples) * len(names), []
     for index, sample in enumerate(samples):
         for place, name in enumerate(names):
@@ -60,7 +72,9 @@ def run(config: PrefillConfig, inputs: dict[str, Path], space: Workspace) -> Non
             rows.append(
                 space.once(
                     f"{index}-{name}",
-                    lambda sample=sample, name=name: _score(model, tokenizer, sample, name, config),
+                    lambda sample=sample, name=name: _score(
+                        model, tokenizer, sample, name, config, compressor
+                    ),
                 )
             )
     cases, seconds = [], []
@@ -85,7 +99,9 @@ def run(config: PrefillConfig, inputs: dict[str, Path], space: Workspace) -> Non
     space.write_timings({"seconds": seconds})
 
 
-def _score(model, tokenizer, sample, name: str, config: PrefillConfig) -> dict[str, Any]:  # noqa: ANN001
+def _score(
+    model: Any, tokenizer: Any, sample: Any, name: str, config: PrefillConfig, compressor: Any
+) -> dict[str, Any]:
     """One prompt, one strategy; KL is from exact attention on the same answer."""
     import time
 
@@ -105,9 +121,10 @@ def _score(model, tokenizer, sample, name: str, config: PrefillConfig) -> dict[s
     context = apb.prefill(
         model,
         document,
-        strategy=name,
+        strategy="apb" if name == WITH_HEADS else name,
         hosts=group,
-        query=query if name in ("apb", "spava") else None,
+        query=query if name in ("apb", "spava", WITH_HEADS) else None,
+        compressor=compressor if name == WITH_HEADS else None,
     )
     seconds, critical_path = time.perf_counter() - began, max(group.clocks)
     exact = apb.prefill(model, document, strategy="dense", hosts=1) if name != "dense" else context
@@ -141,7 +158,8 @@ def check(config: PrefillConfig) -> None:
 
 def estimate(config: PrefillConfig, inputs: dict[str, Path]) -> Estimate:
     """A 135M model's prefill, twice for each strategy (exact attention for comparison)."""
-    prompts = config.samples * (1 + 2 * len(config.strategies))
+    approximate = len(config.strategies) + (config.trained_heads and "heads" in inputs)
+    prompts = config.samples * (1 + 2 * approximate)
     n = config.tokens
     return Estimate(
         seconds=15 + prompts * (2 * 135e6 * n + 30 * 2 * 9 * 64 * n * n) / 80e9,
@@ -157,9 +175,10 @@ STAGE = Stage(
     config=PrefillConfig,
     run=run,
     estimate=estimate,
-    inputs={},
+    inputs={"heads": "heads.heads"},
     outputs={"metrics": "metrics.json", "timings": "timings.json"},
-    sources=("apb", "testbed.ruler_tasks", "minicpm4.stages.prefill"),
+    sources=("apb", "locret", "testbed.ruler_tasks", "minicpm4.stages.prefill"),
+    takes_what_there_is=True,
     external=lambda config: {config.model: model_identity(config.model)},
     check=check,
 )

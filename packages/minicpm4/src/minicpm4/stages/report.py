@@ -90,8 +90,8 @@ _SECTIONS = {
     "pretrain": _pretrain,
     "ternary": _ternary,
     "sparse": _sparse,
-    "prefill": _prefill,
     "heads": _heads,
+    "prefill": _prefill,
     "generate": _generate,
     "density": _density,
 }
