@@ -47,17 +47,22 @@ HEADS_ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def all_arms(heads: Path | None) -> dict[str, dict[str, Any]]:
-    """`ARMS`, and those of trained heads where there are some."""
-    if heads is None:
-        return ARMS
-    import apb
+def chosen_arms(heads: Path | None, names: list[str] | None) -> dict[str, dict[str, Any]]:
+    """`ARMS`, and those of trained heads where there are some; of them `names` and full."""
+    arms = ARMS
+    if heads is not None:
+        import apb
 
-    compressor = apb.LocretHeads(heads)
-    return ARMS | {
-        arm: {"strategy": "apb", "compressor": compressor, **options}
-        for arm, options in HEADS_ARMS.items()
-    }
+        compressor = apb.LocretHeads(heads)
+        arms = ARMS | {
+            arm: {"strategy": "apb", "compressor": compressor, **options}
+            for arm, options in HEADS_ARMS.items()
+        }
+    if names is None:
+        return arms
+    if unknown := set(names) - arms.keys():
+        raise SystemExit(f"--arms: no {', '.join(sorted(unknown))}; there are {', '.join(arms)}")
+    return {arm: options for arm, options in arms.items() if arm == "full" or arm in names}
 
 
 def score(
@@ -105,6 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else testbed.quick_dtype()
     model, tokenizer = testbed.smollm2(dtype)  # for all arms alike
     torch.set_num_threads(arguments.threads)
+    arms = chosen_arms(arguments.heads, arguments.arms)
     done = {(r["task"], r["tokens"], r["hosts"], r["sample"]) for r in read()}
     cells = list(
         itertools.product(
@@ -125,7 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
             [sample] = testbed.ruler(task, tokens, 1, number, tokenizer)
             row = {"task": task, "tokens": tokens, "hosts": hosts, "sample": number}
             row["dtype"] = str(dtype).removeprefix("torch.")
-            row["arms"] = score(model, tokenizer, sample, hosts, all_arms(arguments.heads))
+            row["arms"] = score(model, tokenizer, sample, hosts, arms)
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             progress.advance(bar)
@@ -141,7 +147,7 @@ def fill(arguments: argparse.Namespace) -> None:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else testbed.quick_dtype()
     model, tokenizer = testbed.smollm2(dtype)
     torch.set_num_threads(arguments.threads)
-    arms, rows = all_arms(arguments.heads), read()
+    arms, rows = chosen_arms(arguments.heads, arguments.arms), read()
     name = str(dtype).removeprefix("torch.")
     end = time.monotonic() + 60 * arguments.minutes
     chosen = [
@@ -225,6 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["run", "fill", "table"])
     parser.add_argument("--heads", type=Path, help="folder of locret's heads for SmolLM2")
+    parser.add_argument("--arms", nargs="+", help="and full; default: all that there are")
     parser.add_argument("--tasks", nargs="+", default=["niah_single_2", "niah_multikey_1"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
     parser.add_argument("--hosts", nargs="+", type=int, default=[4])

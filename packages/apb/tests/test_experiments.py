@@ -57,7 +57,7 @@ def test_fill_adds_what_finished_samples_lack(tmp_path) -> None:
     quality.RESULTS.write_text(json.dumps(row) + "\n" + json.dumps(other) + "\n", "utf-8")
     quality.fill(
         argparse.Namespace(
-            heads=None, dtype="float32", threads=1, minutes=9, tasks=["niah_single_1"],
+            heads=None, arms=None, dtype="float32", threads=1, minutes=9, tasks=["niah_single_1"],
             tokens=[300], hosts=[2], first=0, samples=4,
         )
     )  # fmt: skip
@@ -65,6 +65,13 @@ def test_fill_adds_what_finished_samples_lack(tmp_path) -> None:
     assert untouched == other and filled["arms"].keys() == quality.ARMS.keys()
     assert all(filled["arms"][arm] == row["arms"][arm] for arm in few)
     assert filled["arms"]["nothing"]["kl"] > 1e-4
+
+
+def test_arms_are_chosen_by_name() -> None:
+    chosen = load("quality").chosen_arms
+    assert list(chosen(None, ["star"])) == ["full", "star"]
+    with pytest.raises(SystemExit, match="no apb, heads; there are full"):
+        chosen(None, ["apb, heads"])
 
 
 def test_table_compares_an_arm_on_the_samples_that_have_it(tmp_path, capsys) -> None:
