@@ -27,9 +27,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import apb_gpu  # first: harness takes this folder from the search path
 import harness
 import torch
-from apb_gpu import core
 from torch import Tensor
 
 import apb
@@ -241,7 +241,7 @@ def rows(only: list[str], repeats: int) -> Iterator[dict | harness.Case]:
 
     def cores() -> Iterator[harness.Case]:
         for tokens in (8192, 32768):
-            yield core(MODELS["smollm2-135m"], tokens, HOSTS, "cpu", torch.float32)
+            yield apb_gpu.core(MODELS["smollm2-135m"], tokens, HOSTS, "cpu", torch.float32)
 
     groups: dict[str, Callable[[], Any]] = {
         "gloo": lambda: [exchange()],
