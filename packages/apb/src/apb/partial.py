@@ -61,7 +61,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scaling: float) -> tup
     aten = torch.ops.aten
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scaling)
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if q.device.type == "cuda" and half and q.shape[3] % 8 == 0 and q.shape[3] <= 256:
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scaling)[:2]
     return _eager(q, k, v, causal, scaling)
 
