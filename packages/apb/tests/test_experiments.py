@@ -42,6 +42,7 @@ def test_every_arm_is_scored_against_full() -> None:
     for arm in ("apb", "star", "anchor only"):
         assert found["nothing"]["rows"] < found[arm]["rows"]
     assert found["nothing"]["kl"] > 1e-4
+    assert found["full, query first"]["rows"] > found["full"]["rows"]
 
 
 def test_fill_adds_what_finished_samples_lack(tmp_path) -> None:
@@ -88,7 +89,7 @@ def test_table_compares_an_arm_on_the_samples_that_have_it(tmp_path, capsys) -> 
     quality.table()
     shown = capsys.readouterr().out
     assert "8 samples (6 bfloat16, 2 float32)" in shown
-    assert "| apb, random | 6.000 |" in shown and "| apb, key difference |" not in shown
+    assert "| apb, random | 7.000 |" in shown and "| apb, key difference |" not in shown
     assert "- apb, key difference < apb, random (5 samples): nll +1.0000, p = 0.0001" in shown
     assert "- apb < apb, random: nll +3.0000" in shown
 
