@@ -93,7 +93,7 @@ def core(
     keys = round(pairs / rows)
     k, v = torch.randn(2, 1, shape.heads, keys, shape.head_dim, device=device, dtype=dtype)
 
-    def close(mine: Tensor, theirs: Tensor) -> None:
+    def sound(mine: Tensor, theirs: Tensor) -> None:
         assert mine.shape[2] == plan.rows(rank) and theirs.shape[2] == rows
         assert bool(mine.isfinite().all())
 
@@ -105,7 +105,7 @@ def core(
         ours=lambda: STRATEGY.attend(layer),
         peer=lambda: scaled_dot_product_attention(q, k, v),
         peer_name="SDPA, no mask, equal pairs",
-        check=close,
+        check=sound,
         bar=bar,
     )
 

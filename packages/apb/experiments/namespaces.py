@@ -192,6 +192,10 @@ def main() -> None:
     parser.add_argument("--mode", default="all", choices=["all", "time", "kill"])
     parser.add_argument("--folder", default="", help="used by the hosts themselves")
     arguments = parser.parse_args()
+    if arguments.hosts < 2 or arguments.tokens < arguments.hosts or arguments.repeats < 1:
+        parser.error("expected --hosts of 2 or more, a token for each, and --repeats of 1 or more")
+    if arguments.delay < 0:
+        parser.error(f"--delay must be 0 ms or more, got {arguments.delay:g}")
     if "RANK" in os.environ and arguments.mode != "all":
         host(arguments)
         return

@@ -54,15 +54,18 @@ def test_fill_adds_what_finished_samples_lack(tmp_path) -> None:
     row = {"task": "niah_single_1", "tokens": 300, "hosts": 2, "sample": 0}
     row["dtype"] = "float32"
     row["arms"] = quality.score(model, tokenizer, sample, 2, few)
-    other = row | {"dtype": "bfloat16"}  # all arms of a sample are in one dtype
-    quality.RESULTS.write_text(json.dumps(row) + "\n" + json.dumps(other) + "\n", "utf-8")
+    other = row | {"tokens": 301}
+    half = row | {"dtype": "bfloat16", "sample": 1}  # all arms of a sample are in one dtype
+    lines = [json.dumps(r) + "\n" for r in (row, other, half)]
+    quality.RESULTS.write_text("".join(lines), "utf-8")
     quality.fill(
         argparse.Namespace(
             heads=None, arms=None, dtype="float32", threads=1, minutes=9, tasks=["niah_single_1"],
             tokens=[300], hosts=[2], first=0, samples=4,
         )
     )  # fmt: skip
-    filled, untouched = quality.read()
+    filled, untouched, in_half = quality.read()
+    assert in_half == half
     assert untouched == other and filled["arms"].keys() == quality.ARMS.keys()
     assert all(filled["arms"][arm] == row["arms"][arm] for arm in few)
     assert filled["arms"]["nothing"]["kl"] > 1e-4
